@@ -21,7 +21,9 @@ def render(path):
     nb = nbformat.reads(nb2str(nb), as_version=4)
     title = re.search(r"^title: (.*)$", nb.cells[0].source, re.M)[1].strip("'\"")
     nb.cells[0] = nbformat.v4.new_markdown_cell(f"# {title}\n")
-    for cell in nb.cells: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    for cell in nb.cells:
+        if "#| echo: false" in cell.source: cell.metadata.transient = {"remove_source": True}
+        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     nb.metadata.language_info = {"name": "python"}
     text, resources = MarkdownExporter(display_data_priority=prefer).from_notebook_node(nb)
     if resources["outputs"]: sys.exit("index.ipynb: keep pictures in files, not in outputs")

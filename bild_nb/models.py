@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers.utils import logging
 
 # %% ../nbs/01_models.ipynb #b070e9d6
 def special(model, name: str):
@@ -150,13 +151,16 @@ def find_model(where: str,  # a local folder, a hub id such as `google-t5/t5-sma
 def load_model(where: str, which: str, device=None, dtype: str = 'fp32'):
     "A model in eval mode and its tokenizer (None if the folder has none)"
     if dtype not in DTYPES: raise ValueError(f'dtype {dtype!r}: the plain backend runs {", ".join(DTYPES)}')
-    source = find_model(where, which)
+    source, bar = find_model(where, which), logging.is_progress_bar_enabled()
+    if Path(source).is_dir(): logging.disable_progress_bar()  # a bar is for downloads
     try: model, info = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=DTYPES[dtype], output_loading_info=True)
     except Exception as e:  # transformers, safetensors and torch each raise their own
         if Path(source).is_dir(): raise ValueError(f'{which} model: the folder {where} cannot be read ({(str(e).splitlines() or [type(e).__name__])[0]})') from e
         if not isinstance(e, OSError): raise
         raise ValueError(f'{which} model: {where} is no local folder and the hub could not give it (no network, no such model, or no access). '
                          'Download it where there is a network (hf download) and name the folder') from e
+    finally:
+        if bar: logging.enable_progress_bar()
     if lost := info['missing_keys']: raise ValueError(f'{which} model: {where} lacks {len(lost)} weights, the first is {min(lost)}')
     try: tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError): tokenizer = None
