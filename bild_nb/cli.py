@@ -11,7 +11,7 @@ __all__ = ['CAREFUL', 'FAST', 'COLUMNS', 'COLOURS', 'STYLE', 'app', 'PairDir', '
            'findings', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #086f24ea
-import html, io, json, os, platform, random, sys, warnings
+import html, io, json, logging, os, platform, random, sys, warnings
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -227,6 +227,7 @@ def open_pair(pair: Path | None, large: str | None, small: str | None, threads: 
     if pair: large, small = (str((pair/name).resolve()) for name in ('large', 'small'))
     if threads: torch.set_num_threads(threads)
     disable_progress_bar()
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries without a network; the error says it once
     return load_pair(large or 'shipped', small or 'shipped', dtype=dtype)
 
 # %% ../nbs/90_cli.ipynb #198806a2
@@ -329,7 +330,8 @@ def read_input(text: str | None, file: Path | None):
     if text is None and (sys.stdin is None or sys.stdin.isatty()): raise typer.BadParameter('give a text, --file F, or - for stdin', param_hint='TEXT')
     if text in (None, '-'): return ([pair] for pair in read_lines(sys.stdin.buffer, 'stdin'))
     if not text.strip(): raise ValueError('the text is empty: give one, --file F, or - for stdin')
-    if not text.isprintable(): text.encode()  # bytes of the shell that are no text
+    try: text.encode()
+    except UnicodeEncodeError as e: raise ValueError(f'the text is not UTF-8 at character {e.start + 1}: set the terminal to UTF-8, or put the text in a file') from e
     return [[('the text', text)]]
 
 # %% ../nbs/90_cli.ipynb #aa33c2e7
