@@ -271,7 +271,7 @@ def run_demo(pair, systems: dict, n: int, out: Path):
 
 # %% ../nbs/90_cli.ipynb #fb29f422
 @app.command(epilog='Example: bild demo --examples 200 --threads 2 --policy 0.7,1.5 --out /tmp')
-def demo(examples: Annotated[int, typer.Option(min=1, metavar='N', help='held-out paragraphs')] = 120,
+def demo(examples: Annotated[int, typer.Option(min=1, metavar='N', help='held-out paragraphs')] = 100,
          out: Annotated[Path, typer.Option(metavar='DIR', help='where bild-demo.html is written')] = Path('.'),
          policy: Annotated[list[str] | None, typer.Option(metavar='FB,RB', help='thresholds to compare; may be given again', show_default=f'{CAREFUL} and {FAST}')] = None,
          pair: PairDir = None, large: Large = None, small: Small = None, threads: Threads = None, as_json: Json = False, debug: Debug = False):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'DTYPES', 'special', 'rollback_cache', 'Decoder', 'random_t5', 'check_tokenizers', 'check_pair',
-           'find_model', 'load_model', 'Pair', 'load_pair']
+           'find_model', 'online', 'load_model', 'Pair', 'load_pair']
 
 # %% ../nbs/01_models.ipynb #c6799428
 import warnings
@@ -148,21 +148,30 @@ def find_model(where: str,  # a local folder, a hub id such as `google-t5/t5-sma
     return where
 
 # %% ../nbs/01_models.ipynb #4477c644
+def online() -> bool:
+    "Whether the hub answers. Asked once, for the hub's own client tries for half a minute, file by file"
+    from huggingface_hub import constants, get_session
+    try: return get_session().head(constants.ENDPOINT, timeout=10) is not None
+    except Exception: return False  # every http library has its own; HF_HUB_OFFLINE raises, too
+
+# %% ../nbs/01_models.ipynb #6d1f60a9
 def load_model(where: str, which: str, device=None, dtype: str = 'fp32'):
     "A model in eval mode and its tokenizer (None if the folder has none)"
     if dtype not in DTYPES: raise ValueError(f'dtype {dtype!r}: the plain backend runs {", ".join(DTYPES)}')
     source, bar = find_model(where, which), logging.is_progress_bar_enabled()
-    if Path(source).is_dir(): logging.disable_progress_bar()  # a bar is for downloads
-    try: model, info = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=DTYPES[dtype], output_loading_info=True)
+    here = Path(source).is_dir()
+    if here: logging.disable_progress_bar()  # a bar is for downloads
+    local = here or not online()             # a model of the hub may have been downloaded before
+    try: model, info = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=local)
     except Exception as e:  # transformers, safetensors and torch each raise their own
-        if Path(source).is_dir(): raise ValueError(f'{which} model: the folder {where} cannot be read ({(str(e).splitlines() or [type(e).__name__])[0]})') from e
+        if here: raise ValueError(f'{which} model: the folder {where} cannot be read ({(str(e).splitlines() or [type(e).__name__])[0]})') from e
         if not isinstance(e, OSError): raise
         raise ValueError(f'{which} model: {where} is no local folder and the hub could not give it (no network, no such model, or no access). '
                          'Download it where there is a network (hf download) and name the folder') from e
     finally:
         if bar: logging.enable_progress_bar()
     if lost := info['missing_keys']: raise ValueError(f'{which} model: {where} lacks {len(lost)} weights, the first is {min(lost)}')
-    try: tokenizer = AutoTokenizer.from_pretrained(source)
+    try: tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError): tokenizer = None
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval(), tokenizer
 
