@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'DTYPES', 'special', 'rollback_cache', 'Decoder', 'random_t5', 'check_tokenizers', 'check_pair',
-           'find_model', 'online', 'load_model', 'Pair', 'load_pair']
+           'find_model', 'online', 'load_model', 'decoder_for', 'Pair', 'load_pair']
 
 # %% ../nbs/01_models.ipynb #c6799428
 import warnings
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DynamicCache, EncoderDecoderCache, StaticCache, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
+from .policy import Scores, score
 
 # %% ../nbs/01_models.ipynb #b070e9d6
 def special(model, name: str):
@@ -41,6 +42,7 @@ def rollback_cache(cache: EncoderDecoderCache, # self-attention and cross-attent
 # %% ../nbs/01_models.ipynb #0869f4c7
 class Decoder:
     "An encoder-decoder model as the loop uses it: prefill, forward, length, rollback (the plain backend)"
+    backend = 'plain'  # said by `Pair`; with the reason where another one was not possible
     def __init__(self,
                  model,                  # a transformers encoder-decoder model
                  tokenizer=None,         # shows texts in traces
@@ -77,13 +79,14 @@ Decoder.prefill = _prefill
 
 # %% ../nbs/01_models.ipynb #16f260e5
 def _forward(self,
-             tokens: list[int]  # the next tokens, not seen before
-            ) -> Tensor:        # (1, k, vocabulary) logits after each of them, in the model's type
-    "Read `tokens` and give the logits that follow each of them"
+             tokens: list[int],      # the next tokens, not seen before
+             last: int | None = None # logits of that many last positions; None: of all
+            ) -> Tensor:             # (1, last, vocabulary) logits, in the model's type
+    "Read `tokens` and give the logits that follow each of them, or the last of them"
     ids = torch.tensor([tokens], device=self.device)
     out = self.model(encoder_outputs=self.encoded, attention_mask=self.mask, decoder_input_ids=ids, past_key_values=self.cache, use_cache=True)
     self.length += len(tokens)
-    logits = out.logits[..., :self.vocab]
+    logits = out.logits[:, -(last or len(tokens)):, :self.vocab]
     if self.never: logits[..., self.never] = -torch.inf
     return logits
 
@@ -93,6 +96,17 @@ def _rollback(self, length: int):
     self.length = min(length, self.length)
 
 Decoder.forward, Decoder.rollback = _forward, _rollback
+
+# %% ../nbs/01_models.ipynb #dd5df8f4
+def _read(self,
+          tokens: list[int],          # the next tokens, not seen before
+          last: int,                  # positions that matter, counted from the end
+          draft: Tensor | None = None # (last) tokens whose distance is wanted
+         ) -> Scores:                 # of shape (last), with logits (last, vocabulary)
+    "Read `tokens` and give what a policy needs of the `last` positions"
+    return score(self.forward(tokens, last)[0], draft)
+
+Decoder.read = _read
 
 # %% ../nbs/01_models.ipynb #c9193cf6
 def random_t5(seed: int = 0, vocab_size: int = 40, layers: int = 2, decoder_layers: int = 2, d_model: int = 32, scale: float = 3., **kwargs):
@@ -157,7 +171,7 @@ def online() -> bool:
 # %% ../nbs/01_models.ipynb #6d1f60a9
 def load_model(where: str, which: str, device=None, dtype: str = 'fp32'):
     "A model in eval mode and its tokenizer (None if the folder has none)"
-    if dtype not in DTYPES: raise ValueError(f'dtype {dtype!r}: the plain backend runs {", ".join(DTYPES)}')
+    if dtype not in DTYPES: raise ValueError(f'dtype {dtype!r}: the legal are {", ".join(DTYPES)} and, for a pair, int8')
     source, bar = find_model(where, which), logging.is_progress_bar_enabled()
     here = Path(source).is_dir()
     if here: logging.disable_progress_bar()  # a bar is for downloads
@@ -175,6 +189,23 @@ def load_model(where: str, which: str, device=None, dtype: str = 'fp32'):
     except (OSError, ValueError): tokenizer = None
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval(), tokenizer
 
+# %% ../nbs/01_models.ipynb #34210aa7
+def decoder_for(model,                 # a transformers encoder-decoder model
+                tokenizer=None,
+                backend: str = 'auto', # `auto`, `plain` or `engine`
+                int8: bool = False     # int8 weights: the engine's, on a CPU
+               ) -> Decoder:
+    "A `Decoder` around `model`: the engine where it can be (`auto`), or what is asked for"
+    from bild_nb.engine import Engine, unsupported
+    why = unsupported(model) or (f'int8 runs on a CPU, not on {model.device}' if int8 and model.device.type != 'cpu' else None)
+    if why and (int8 or backend == 'engine'): raise ValueError(f'backend={backend!r}{", dtype int8" if int8 else ""}: {why}')
+    if int8 and backend == 'plain': raise ValueError('dtype int8: only the engine runs it, not backend plain')
+    if backend == 'auto' and not why and model.device.type != 'cpu': why = f'the engine is measured on CPUs only; backend="engine" runs it on {model.device.type}'
+    if backend != 'plain' and not why: return Engine(model, tokenizer, int8=int8)
+    d = Decoder(model, tokenizer)
+    if backend == 'auto': d.backend = f'plain: {why}'
+    return d
+
 # %% ../nbs/01_models.ipynb #8664237d
 @dataclass
 class Pair:
@@ -183,21 +214,22 @@ class Pair:
     small: Decoder
     tokenizer: object = None
     def __repr__(self):
-        size = lambda d: f'{type(d.model).__name__} {sum(p.numel() for p in d.model.parameters())/1e6:.1f} M parameters'
+        size = lambda d: f'{type(d.model).__name__} {sum(p.numel() for p in d.model.parameters())/1e6:.1f} M parameters ({d.backend})'
         return f'Pair(large: {size(self.large)}, small: {size(self.small)}, vocabulary {self.large.vocab}, {self.large.device})'
 
 # %% ../nbs/01_models.ipynb #0fed8a43
 def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
               small: str = 'shipped',
               device: str | None = None, # `cuda` where there is one, else `cpu`
-              dtype: str | tuple = 'fp32', # one name (fp32, bf16, fp16), or a (large, small) pair
-              backend: str = 'auto'    # `auto` or `plain`
+              dtype: str | tuple = 'fp32', # one name (fp32, bf16, fp16, int8), or a (large, small) pair
+              backend: str = 'auto'    # `auto`, `plain` or `engine`
              ) -> Pair:
     "Load a pair, the shipped German-English one by default, and check that it is one"
-    if backend not in ('auto', 'plain'): raise ValueError(f'backend {backend!r}: there are auto and plain')
-    a, b = (dtype, dtype) if isinstance(dtype, str) else dtype
+    if backend not in ('auto', 'plain', 'engine'): raise ValueError(f'backend {backend!r}: there are auto, plain and engine')
     find_model(large, 'large'), find_model(small, 'small')  # a wrong name shows before anything is loaded
-    big, little = Decoder(*load_model(large, 'large', device, a)), Decoder(*load_model(small, 'small', device, b))
+    def load(where, which, dtype): return decoder_for(*load_model(where, which, device, 'fp32' if dtype == 'int8' else dtype), backend, dtype == 'int8')
+    a, b = (dtype, dtype) if isinstance(dtype, str) else dtype
+    big, little = load(large, 'large', a), load(small, 'small', b)
     check_pair(big, little)
     return Pair(big, little, big.tokenizer or little.tokenizer)
 
