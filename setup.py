@@ -17,7 +17,7 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Natural Language :: English",
                  *(f"Programming Language :: Python :: 3.{minor}" for minor in range(low, high + 1))],
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
     packages=find_packages(include=[name, f"{name}.*"]),
     package_data={name: ["*.json", "shipped/**/*"]},
     include_package_data=False, zip_safe=False,

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKED_FROM', 'INT8_FROM', 'ACTIVATIONS', 'NAMES', 'packs', 'linear', 'linear8', 'Positions', 'norm', 'stacked',
-           'Layer', 'attend', 'split', 'unsupported', 'Engine']
+           'Layer', 'attend', 'split', 'unsupported', 'Engine', 'GraphEngine']
 
 # %% ../nbs/02_engine.ipynb #467ed1b7
 import math, warnings
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,8 +80,10 @@ ACTIVATIONS = dict(relu=F.relu, gelu=F.gelu, silu=F.silu, gelu_new=lambda x: F.g
 
 def norm(module, dtype, scale: float = 1.):
     "T5's layer norm as a function; `scale` multiplies its result"
-    weight, eps = (module.weight.detach()*scale).to(dtype), module.variance_epsilon
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+    weight, eps, n = (module.weight.detach()*scale).to(dtype), module.variance_epsilon, len(module.weight)
+    if dtype != torch.float32 or weight.device.type != 'cpu': return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+    weight, floor = weight*n**.5, torch.tensor((n*eps)**.5)
+    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)*weight
 
 def stacked(*modules) -> Tensor:
     "The weights of several linear modules, one under the other"
@@ -134,10 +137,10 @@ def _encode(self, x: Tensor, bias: Tensor) -> Tensor:
     q, k, v = split(self.qkv(self.norm(x)), 3, self.heads)
     return x + self.o(attend(q, k.transpose(1, 2), v, bias))
 
-def _decode(self, x: Tensor, write: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    "Self-attention over the cache, after the new keys and values were put into `write`, a part of it; its input added"
+def _decode(self, x: Tensor, store, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    "Self-attention over the cache, after `store` put the new keys and values into it; its input added"
     new = split(self.qkv(self.norm(x)), 3, self.heads)
-    write.copy_(new[1:])
+    store(new[1:])
     return x + self.o(attend(new[0], keys, values, bias))
 
 Layer.encode, Layer.decode = _encode, _decode
@@ -205,14 +208,19 @@ def _prefill(self,
     self.mask = torch.zeros(1, 1, attention_mask.shape[1], dtype=self.dtype, device=self.device).masked_fill_(attention_mask[:, None] == 0, -torch.inf) if masked else None
     x = self.encoded(input_ids, None if encoder_outputs is None else encoder_outputs[0])
     kv = split(self.cross_kv(x), 2*len(self.decoder), self.heads).contiguous().unflatten(0, (-1, 2))  # (layers, 2, heads, source length, d)
+    self.attend_to(kv)
+
+def _attend_to(self, kv: Tensor):
+    "Start a text whose source has these keys and values"
     self.cross_keys, self.cross_values, self.length = kv[:, 0].transpose(-1, -2).unbind(), kv[:, 1].unbind(), 0
 
-Engine.prefill = _prefill
+Engine.prefill, Engine.attend_to = _prefill, _attend_to
 
 # %% ../nbs/02_engine.ipynb #ce8cfd53
 def _empty(self, size: int) -> Tensor:
     "A cache for `size` tokens: (layers, keys and values, heads, size, d)"
-    return torch.empty(len(self.decoder), 2, self.heads, size, self.model.config.d_kv, dtype=self.dtype, device=self.device)
+    with torch.inference_mode(False):  # it may be written to later outside of inference mode
+        return torch.zeros(len(self.decoder), 2, self.heads, size, self.model.config.d_kv, dtype=self.dtype, device=self.device)
 
 def _reserve(self, n: int):
     "Make room for `n` tokens"
@@ -235,7 +243,7 @@ def _forward(self,
     bias, seen = self.near.window(start, len(tokens), n), self.kv[:, :, :, :n]
     writes, keys, values = self.kv[:, :, :, start:n].unbind(), seen[:, 0].transpose(-1, -2).unbind(), seen[:, 1].unbind()
     for layer, write, key, value, cross_key, cross_value in zip(self.decoder, writes, keys, values, self.cross_keys, self.cross_values):
-        x = layer.decode(x, write, key, value, bias)
+        x = layer.decode(x, write.copy_, key, value, bias)
         x = layer.feed(layer.cross(x, cross_key, cross_value, self.mask))
     self.length = n
     logits = self.lm_head(self.norm(x if last is None else x[-last:]))[None, :, :self.vocab]
@@ -259,3 +267,85 @@ def _read(self, tokens: list[int], last: int, draft: Tensor | None = None) -> Sc
     return Scores(token, pick(token).exp(), None if draft is None else -pick(draft), z)
 
 Engine.read = _read
+
+# %% ../nbs/02_engine.ipynb #03e9ef04
+class GraphEngine(Engine):
+    "`Engine` with fixed shapes, and a CUDA graph for each number of tokens a pass"
+    def __init__(self, model, tokenizer=None,
+                 size: int = 256,           # tokens that the cache and the source buffer hold at first
+                 most: int = 11,            # tokens of the longest graph: `max_draft` + 1
+                 graphs: bool | None = None # None: on a GPU
+                ):
+        super().__init__(model, tokenizer, size)
+        self.most, self.on, self.captures, self.backend = most, model.device.type == 'cuda' if graphs is None else graphs, 0, f'engine, {NAMES[model.dtype]}, fixed shapes'
+        self.at, self.runs, self.source = torch.zeros(1, dtype=torch.int64, device=model.device), {}, None
+        self.near.grow(size)
+
+# %% ../nbs/02_engine.ipynb #e8d546fb
+def _attend_to(self, kv: Tensor):
+    "Copy the source's keys and values into the buffer, and mask what is behind them"
+    n, mask = kv.shape[3], self.mask
+    if self.source is None or n > self.source.shape[3]:
+        room = max(self.size, 2**math.ceil(math.log2(n)))
+        with torch.inference_mode(False): self.source, self.hidden, self.runs = kv.new_zeros(*kv.shape[:3], room, kv.shape[4]), kv.new_empty(1, 1, room), {}
+        self.cross_keys, self.cross_values = self.source[:, 0].transpose(-1, -2).unbind(), self.source[:, 1].unbind()
+    self.source[:, :, :, :n], self.length = kv, 0
+    self.hidden[..., :n], self.hidden[..., n:] = 0 if mask is None else mask, -torch.inf
+
+GraphEngine.attend_to = _attend_to
+
+# %% ../nbs/02_engine.ipynb #af2ee172
+def _fixed(self, ids: Tensor) -> Tensor: # (k, vocabulary)
+    "A pass over `ids` at positions `at` and on, whose shapes depend on `k` only"
+    rows = self.at + torch.arange(len(ids), device=ids.device)
+    far = torch.arange(self.size, device=ids.device) - rows[:, None]
+    x, bias = F.embedding(ids, self.embedding), self.near.line[:, far + self.near.size - 1]
+    for layer, kv, cross_key, cross_value in zip(self.decoder, self.kv.unbind(), self.cross_keys, self.cross_values):
+        x = layer.decode(x, partial(kv.index_copy_, 2, rows), kv[0].transpose(-1, -2), kv[1], bias)
+        x = layer.feed(layer.cross(x, cross_key, cross_value, self.hidden))
+    return self.lm_head(self.norm(x))
+
+GraphEngine.fixed = _fixed
+
+# %% ../nbs/02_engine.ipynb #ff6ee5cb
+def _capture(self, k: int):
+    "A pass over `k` tokens: its input, and a function that runs it"
+    ids = torch.zeros(k, dtype=torch.int64, device=self.device)
+    self.captures += 1
+    if not self.on: return ids, lambda: self.fixed(ids)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side): self.fixed(ids), self.fixed(ids)  # libraries set themselves up outside the graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): out = self.fixed(ids)
+    return ids, lambda: (graph.replay(), out)[1]
+
+def _warmup(self, progress=lambda ks: ks):
+    "Capture every graph now; `progress` may wrap the loop (tqdm). Needs a prefill"
+    for k in progress(range(1, self.most + 1)):
+        if k not in self.runs: self.runs[k] = self.capture(k)
+
+GraphEngine.capture, GraphEngine.warmup = _capture, _warmup
+
+# %% ../nbs/02_engine.ipynb #7790877b
+def _reserve(self, n: int):
+    "Make room for `n` tokens; the graphs of a smaller cache are of no use any more"
+    if n <= self.size: return
+    Engine.reserve(self, n)
+    self.near.grow(self.size)
+    self.runs = {}
+
+def _forward(self, tokens: list[int], last: int | None = None) -> Tensor:
+    "As `Engine.forward`, by the graph for that many tokens"
+    k = len(tokens)
+    if k > self.most: return torch.cat([self.forward(tokens[i:i + self.most]) for i in range(0, k, self.most)], 1)[:, -(last or k):]
+    self.reserve(self.length + k)
+    self.at.fill_(self.length)
+    ids, run = self.runs.get(k) or self.runs.setdefault(k, self.capture(k))
+    ids.copy_(torch.tensor(tokens))
+    logits, self.length = run()[None, -(last or k):, :self.vocab].clone(), self.length + k
+    if self.never: logits[..., self.never] = -torch.inf
+    return logits
+
+GraphEngine.reserve, GraphEngine.forward = _reserve, _forward

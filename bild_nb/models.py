@@ -196,12 +196,12 @@ def decoder_for(model,                 # a transformers encoder-decoder model
                 int8: bool = False     # int8 weights: the engine's, on a CPU
                ) -> Decoder:
     "A `Decoder` around `model`: the engine where it can be (`auto`), or what is asked for"
-    from bild_nb.engine import Engine, unsupported
+    from bild_nb.engine import Engine, GraphEngine, unsupported
     why = unsupported(model) or (f'int8 runs on a CPU, not on {model.device}' if int8 and model.device.type != 'cpu' else None)
     if why and (int8 or backend == 'engine'): raise ValueError(f'backend={backend!r}{", dtype int8" if int8 else ""}: {why}')
     if int8 and backend == 'plain': raise ValueError('dtype int8: only the engine runs it, not backend plain')
     if backend == 'auto' and not why and model.device.type != 'cpu': why = f'the engine is measured on CPUs only; backend="engine" runs it on {model.device.type}'
-    if backend != 'plain' and not why: return Engine(model, tokenizer, int8=int8)
+    if backend != 'plain' and not why: return Engine(model, tokenizer, int8=int8) if model.device.type == 'cpu' else GraphEngine(model, tokenizer)
     d = Decoder(model, tokenizer)
     if backend == 'auto': d.backend = f'plain: {why}'
     return d
