@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 # %% ../nbs/90_cli.ipynb #8dc67273
-CAREFUL, FAST = '0.6,2', '0.4,4'
+CAREFUL, FAST = '0.3,3', '0.3,5'
 
 # %% ../nbs/90_cli.ipynb #e412c1b2
 def sample(n: int,           # paragraphs

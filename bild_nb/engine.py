@@ -80,10 +80,8 @@ ACTIVATIONS = dict(relu=F.relu, gelu=F.gelu, silu=F.silu, gelu_new=lambda x: F.g
 
 def norm(module, dtype, scale: float = 1.):
     "T5's layer norm as a function; `scale` multiplies its result"
-    weight, eps, n = (module.weight.detach()*scale).to(dtype), module.variance_epsilon, len(module.weight)
-    if dtype != torch.float32 or weight.device.type != 'cpu': return lambda x: F.rms_norm(x, weight.shape, weight, eps)
-    weight, floor = weight*n**.5, torch.tensor((n*eps)**.5)
-    return lambda x: x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)*weight
+    weight, eps = (module.weight.detach()*scale).to(dtype), module.variance_epsilon
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
 
 def stacked(*modules) -> Tensor:
     "The weights of several linear modules, one under the other"
