@@ -81,7 +81,8 @@ def hardware(pair) -> str:
     "The machine in a line"
     import torch
     gpu = f'{torch.cuda.get_device_name(pair.large.device)}, ' if pair.large.device.type == 'cuda' else ''
-    return f'{gpu}{os.cpu_count()} CPUs ({platform.machine()}), threads: {torch.get_num_threads()}, torch {torch.__version__}, backend: {pair.large.backend}'
+    large, small = (d.threads or torch.get_num_threads() for d in (pair.large, pair.small))
+    return f'{gpu}{os.cpu_count()} CPUs ({platform.machine()}), threads: {large if large == small else f"{large} (large), {small} (small)"}, torch {torch.__version__}, backend: {pair.large.backend}'
 
 def footnotes(pair, n: int) -> list:
     "What must be known to read the table"
@@ -212,7 +213,7 @@ def about(): "The Big Little Decoder: a small model drafts, a large model verifi
 PairDir = Annotated[Path | None, typer.Option('--pair', metavar='DIR', help='a folder with the models in large/ and small/', show_default='the shipped pair')]
 Large = Annotated[str | None, typer.Option(metavar='L', help='the large model: a local folder, a hub id, or shipped', show_default='shipped')]
 Small = Annotated[str | None, typer.Option(metavar='S', help='the small model, likewise', show_default='shipped')]
-Threads = Annotated[int | None, typer.Option(min=1, metavar='N', help='CPU threads', show_default='as torch chooses')]
+Threads = Annotated[int | None, typer.Option(min=1, metavar='N', help='CPU threads', show_default='measured, for each model')]
 Backend = Annotated[str, typer.Option(metavar='B', help='auto, plain (transformers) or engine (T5 and mT5)')]
 Json = Annotated[bool, typer.Option('--json', help='print JSON')]
 Debug = Annotated[bool, typer.Option('--debug', help='show where an error comes from')]
@@ -230,7 +231,7 @@ def open_pair(pair: Path | None, large: str | None, small: str | None, threads: 
     if threads: torch.set_num_threads(threads)
     disable_progress_bar()
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries without a network; the error says it once
-    return load_pair(large or 'shipped', small or 'shipped', dtype=dtype, backend=backend)
+    return load_pair(large or 'shipped', small or 'shipped', dtype=dtype, backend=backend, threads=None if threads else 'auto')
 
 # %% ../nbs/90_cli.ipynb #198806a2
 def read_policy(text: str):
@@ -399,13 +400,14 @@ def bench(large: Annotated[str, typer.Option(metavar='SHAPE|L', help='t5-large, 
           trace: Annotated[Path | None, typer.Option(metavar='F', help='recorded turns (JSON)', show_default='of the package')] = None,
           out: Annotated[Path | None, typer.Option(metavar='DIR', help='run folder to write, with a picture')] = None,
           examples: Annotated[int, typer.Option(min=1, metavar='N', help='sources')] = 8, repeats: Annotated[int, typer.Option(min=1, metavar='R', help='times each')] = 3,
-          max_new_tokens: Annotated[int, typer.Option(min=2, metavar='N', help='tokens of a text')] = 64, threads: Threads = None, as_json: Json = False, debug: Debug = False):
+          max_new_tokens: Annotated[int, typer.Option(min=2, metavar='N', help='tokens of a text')] = 64, threads: Annotated[int | None, typer.Option(min=1, metavar='N', help='CPU threads', show_default='as torch chooses')] = None,
+          device: Annotated[str, typer.Option(metavar='D', help='cpu, or cuda: bf16 and CUDA graphs')] = 'cpu', as_json: Json = False, debug: Debug = False):
     "Time passes and whole texts of a pair, beside the memory's limit, transformers and CTranslate2."
     with guarded(debug):
         import torch
         from bild_nb.bench import bench as measure, bench_picture, bench_table
         if threads: torch.set_num_threads(threads)
-        run = measure(large, small, out, trace, n=examples, new=max_new_tokens, repeats=repeats)
+        run = measure(large, small, out, trace, n=examples, new=max_new_tokens, repeats=repeats, device=device)
         if out: bench_picture(run, out/'passes.png')
         typer.echo(json.dumps(run) if as_json else bench_table(run))
 

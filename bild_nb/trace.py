@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'INLINE', 'NAMES', 'LEGEND', 'token_text', 'spans', 'summary', 'trace_html', 'shares', 'pass_times',
-           'interpolate', 'predict']
+           'interpolate', 'predict', 'outside', 'turn_ms', 'tune_threads']
 
 # %% ../nbs/04_trace.ipynb #7ebe4537
 import time
 from html import escape
 from statistics import median
 import torch
-from .decode import Trace, evaluating
+from .decode import Trace, evaluating, same_threads
+from .models import use_threads
 
 # %% ../nbs/04_trace.ipynb #b92eca41
 STYLE = '''<style>
@@ -78,7 +79,8 @@ def pass_times(decoder,         # a `Decoder`
         t0 = time.perf_counter(); f()
         if decoder.device.type == 'cuda': torch.cuda.synchronize()
         return (time.perf_counter() - t0)*1e3
-    with evaluating(decoder.model):
+    with evaluating(decoder.model), same_threads():
+        use_threads(decoder)
         out = {'encoder': median(ms(lambda: decoder.prefill(input_ids)) for _ in range(repeats + 1))}
         decoder.forward(decoder.start[:1]*context)
         for k in ks:
@@ -102,3 +104,48 @@ def predict(trace: Trace, large: dict, small: dict) -> float:
     times = dict(L=large, S=small)
     bild = sum(interpolate(times[p[0]], int(p[1:])) for p in trace.log) + sum(times[w]['encoder'] for w in {p[0] for p in trace.log})
     return (trace.new_tokens*large[1] + large['encoder']) / bild
+
+# %% ../nbs/04_trace.ipynb #d60a35f3
+def outside(decoder,  # a `BigLittleDecoder`, on a CPU
+            sources,  # (1, length) int64 tensors
+            **kwargs  # of `generate`
+           ) -> tuple: # the share of the time that passes nothing to a model, and the time in s
+    "What `generate` costs beside the models' own passes"
+    inside = []
+    def timed(f):
+        def g(*args, **kw):
+            t0 = time.perf_counter(); out = f(*args, **kw); inside.append(time.perf_counter() - t0); return out
+        return g
+    for x in (decoder.large, decoder.small): x.forward, x.prefill = timed(x.forward), timed(x.prefill)
+    t0 = time.perf_counter()
+    for s in sources: decoder.generate(s, **kwargs)
+    total = time.perf_counter() - t0
+    for x in (decoder.large, decoder.small): del x.forward, x.prefill
+    return 1 - sum(inside)/total, total
+
+# %% ../nbs/04_trace.ipynb #51782915
+def turn_ms(large, small, input_ids, repeats: int = 5) -> float:
+    "Median ms of a turn: four steps of the small decoder, and a read of five tokens by the large one"
+    times, token = [], large.start[:1]
+    with evaluating(large.model, small.model), same_threads():
+        for d in (large, small): use_threads(d); d.prefill(input_ids); d.read(token*12, 1)
+        for _ in range(repeats + 1):
+            t0 = time.perf_counter()
+            use_threads(small)
+            for _ in range(4): small.read(token, 1)
+            use_threads(large); large.read(token*5, 5)
+            times.append((time.perf_counter() - t0)*1e3)
+            for d in (large, small): d.rollback(12)
+    return median(times[1:])
+
+def tune_threads(large, small,     # decoders on a CPU; their `threads` are set to what is found
+                 input_ids=None,   # (1, source length) int64; 24 tokens by default
+                 repeats: int = 5  # turns for each candidate
+                ) -> dict:         # {(threads of the large, of the small): ms of a turn}
+    "Find the numbers of threads with which a turn is fastest"
+    if input_ids is None: input_ids = torch.full((1, 24), large.start[0])
+    most, times = torch.get_num_threads(), {}
+    counts = sorted({most >> i for i in range(most.bit_length())})
+    for large.threads, small.threads in dict.fromkeys([(n, n) for n in counts] + [(n, 1) for n in counts]): times[large.threads, small.threads] = turn_ms(large, small, input_ids, repeats)
+    large.threads, small.threads = min(times, key=times.get)
+    return times
