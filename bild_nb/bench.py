@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'BYTES', 'KS', 'KINDS', 'RECORDED', 'shape_model', 'open_model', 'successors', 'plant', 'step_weights',
-           'bandwidth', 'backends', 'pass_rows', 'Replay', 'replayed', 'recorded', 'loop', 'hf', 'ct2', 'race',
-           'standings', 'systems', 'hardware', 'bench_sources', 'quiet', 'bench', 'write_run', 'bench_table',
+           'bandwidth', 'backends', 'pass_rows', 'Replay', 'replayed', 'recorded', 'loop', 'hf', 'convert', 'ct2',
+           'race', 'standings', 'systems', 'hardware', 'bench_sources', 'quiet', 'bench', 'write_run', 'bench_table',
            'bench_picture']
 
 # %% ../nbs/07_bench.ipynb #48939656
-import copy, json, math, os, platform, tempfile, time, warnings
+import copy, gc, json, math, os, platform, tempfile, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -146,19 +146,22 @@ def hf(large, new: int, forced: bool, small=None):
     return run
 
 # %% ../nbs/07_bench.ipynb #9729f66c
-def ct2(model, new: int, forced: bool, compute: str, folder: str):
-    "CTranslate2's greedy decoding in `compute` type; raises ImportError where it is not installed"
-    import ctranslate2
+def convert(model, folder: Path):
+    "Write `model` as CTranslate2 reads it; raises ImportError where that is not installed"
     from ctranslate2.converters import TransformersConverter
-    where, model = Path(folder)/compute, copy.deepcopy(model).float().cpu()
+    model = copy.deepcopy(model).float().cpu()
     model.config.tie_word_embeddings = type(model) is T5ForConditionalGeneration and model.config.scale_decoder_outputs
     model.config.save_pretrained(folder)
     class Converter(TransformersConverter):
         def load_model(self, cls, path, **kw): return model
         def load_tokenizer(self, cls, path, **kw): return _Pieces(model.config.vocab_size)
-    Converter(str(folder)).convert(str(where), quantization=compute, force=True)
+    Converter(str(folder)).convert(str(folder/'ct2'), force=True)
+
+def ct2(folder: Path, new: int, forced: bool, compute: str):
+    "CTranslate2's greedy decoding in `compute` type, of a model that `convert` wrote"
+    import ctranslate2
     device = 'cuda' if torch.cuda.is_available() and compute == 'bfloat16' else 'cpu'
-    translator = ctranslate2.Translator(str(where), device=device, compute_type=compute, inter_threads=1, intra_threads=torch.get_num_threads())
+    translator = ctranslate2.Translator(str(folder/'ct2'), device=device, compute_type=compute, inter_threads=1, intra_threads=torch.get_num_threads())
     def run(source):
         out = translator.translate_batch([[f'<{i}>' for i in source[0].tolist()]], beam_size=1, max_decoding_length=new, return_end_token=True, **(dict(min_decoding_length=new) if forced else {}))
         return [int(t[1:-1]) for t in out[0].hypotheses[0]]
@@ -205,7 +208,8 @@ def systems(large, small, new: int = 64, forced: bool = True, turns=None, fallba
     made, peers, notes, device = {}, {}, [], large.device.type
     kinds, base = KINDS[device], KINDS[device][1]
     try:  # first, while there is room for a copy of the large model
-        for kind in ('float32', 'int8') if device == 'cpu' else ('bfloat16',): peers[f'CTranslate2 large, {kind}'] = ct2(large, new, forced, kind, folder)
+        convert(large, Path(folder)); gc.collect()
+        for kind in ('float32', 'int8') if device == 'cpu' else ('bfloat16',): peers[f'CTranslate2 large, {kind}'] = ct2(Path(folder), new, forced, kind)
     except ImportError: notes.append('CTranslate2 is not installed (pip install ctranslate2): its rows are missing')
     for kind in kinds:
         (a,), (b,) = (list(backends(m, (kind,)).values()) for m in (large, small))
@@ -280,7 +284,7 @@ def bench_table(run: dict) -> str:
     for p in run['passes']: lines.append(f'{p["model"] + ", " + p["backend"]:14}{p["floor_ms"]:8.2f}{p["prefill_ms"]:9.2f}' + ''.join(f'{p[f"read_{k}_ms"]:9.2f}' for k in KS) + f'{p["step_x_floor"]:12.2f}{p["verify_x_step"]:8.2f}')
     base = next(name for name, s in run['systems'].items() if name.startswith('large') and 'plain' not in name)
     lines.append(f'{"system":30}{"ms a token":>12}{"x " + base:>15}{"spread":>15}{"same text":>11}')
-    lines += [f'{name:30}{s["ms"]/s["tokens"]:12.2f}{s["speed"]:15.2f}{s["least"]:8.2f} -{s["most"]:5.2f}{s["same"]:11.0%}' for name, s in run['systems'].items()]
+    lines += [f'{name:30}{s["ms"]/s["tokens"]:12.2f}{s["speed"]:15.2f}{s["least"]:8.2f} -{s["most"]:5.2f}' + (f'{"recorded":>11}' if run['forced'] and name.startswith('BiLD') else f'{s["same"]:11.0%}') for name, s in run['systems'].items()]
     if run['outside']: lines.append('outside the passes: ' + ', '.join(f'{name} {share:.1%}' for name, share in run['outside'].items()))
     return '\n'.join(lines + run['notes'])
 
