@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['CAREFUL', 'FAST', 'COLUMNS', 'COLOURS', 'STYLE', 'app', 'PairDir', 'Large', 'Small', 'Threads', 'Backend', 'Json',
-           'Debug', 'STYLES', 'LEGEND', 'sample', 'measure', 'records', 'system_row', 'cells', 'hardware', 'footnotes',
-           'table', 'plot', 'rows_html', 'example_html', 'page', 'console', 'note', 'reason', 'guarded', 'about',
-           'open_pair', 'read_policy', 'demo_systems', 'demo_page', 'run_demo', 'demo', 'writers', 'styled',
-           'trace_text', 'read_lines', 'read_input', 'encode', 'translations', 'as_record', 'translate', 'print_trace',
-           'bench', 'installed', 'findings', 'doctor', 'main']
+           'Debug', 'STYLES', 'LEGEND', 'Processes', 'SourceColumn', 'MaxSource', 'Restart', 'License', 'sample',
+           'measure', 'records', 'system_row', 'cells', 'hardware', 'footnotes', 'table', 'plot', 'rows_html',
+           'example_html', 'page', 'console', 'note', 'reason', 'guarded', 'about', 'open_pair', 'read_policy',
+           'demo_systems', 'demo_page', 'run_demo', 'demo', 'writers', 'styled', 'trace_text', 'read_lines',
+           'read_input', 'encode', 'translations', 'as_record', 'translate', 'print_trace', 'bench', 'task_inputs',
+           'called', 'working', 'calibrate', 'chosen_recipe', 'large_for', 'stored_half', 'option', 'align',
+           'installed', 'findings', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #086f24ea
 import html, io, json, logging, os, platform, random, sys, warnings
@@ -408,6 +410,143 @@ def bench(large: Annotated[str, typer.Option(metavar='SHAPE|L', help='t5-large, 
         run = measure(large, small, out, trace, n=examples, new=max_new_tokens, repeats=repeats)
         if out: bench_picture(run, out/'passes.png')
         typer.echo(json.dumps(run) if as_json else bench_table(run))
+
+# %% ../nbs/90_cli.ipynb #2bc39c8a
+def task_inputs(task: str, data: str | None, split: str, column: str | None, limit: int | None):
+    "Inputs of a task, its prefix and its licence; a wrong task is wrong use"
+    from bild_nb.align import BENCHMARKS, calibration_inputs, columns, read_rows
+    if task not in (known := (*BENCHMARKS, 'help-de-en', 'text')): raise typer.BadParameter(f'{task!r}: choose from {", ".join(known)}', param_hint='TASK')
+    if task == 'text' and not data: raise typer.BadParameter('name the texts: a folder, a file or a set on the hub', param_hint='--data')
+    t = BENCHMARKS.get(task, {})
+    rows = read_rows(data or t.get('data', task), split, None if data else t.get('config'))
+    column = column or (t['column'] if t and t['column'] in columns(rows) else None)
+    return calibration_inputs(rows, column, limit), t.get('prefix', ''), 'mpl-2.0' if task == 'help-de-en' and not data else 'unknown'
+
+def called(where: str) -> str:
+    "A model's name on a card: a folder's own, without where it lies"
+    return Path(where).resolve().name if Path(where).is_dir() else where
+
+@contextmanager
+def working(debug: bool, threads: int | None, processes: int | None):
+    "`guarded`, for several processes: quiet libraries, and a note if there are not as many as were asked for; gives `PartialState`"
+    with guarded(debug):
+        import datasets, torch
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+        from bild_nb.align import check_processes, processes as state
+        if threads: torch.set_num_threads(threads)
+        disable_progress_bar(); set_verbosity_error(); datasets.disable_progress_bars()
+        logging.getLogger('datasets').setLevel(logging.CRITICAL)  # its errors are ours
+        check_processes(state(), processes)
+        yield state()
+
+# %% ../nbs/90_cli.ipynb #8255ab1d
+Processes = Annotated[int | None, typer.Option('--num-processes', min=1, metavar='N', help='how many you started (torchrun, accelerate launch); a note if it is another number', show_default=False)]
+SourceColumn = Annotated[str | None, typer.Option(metavar='C', help='column of the inputs', show_default='found by its name')]
+MaxSource = Annotated[int | None, typer.Option(min=2, metavar='N', help='longest input, in tokens', show_default='what the tokenizer states')]
+Restart = Annotated[bool, typer.Option('--restart', help='throw away what is there')]
+License = Annotated[str | None, typer.Option(metavar='X', help='licence of the result, for its card', show_default=False)]
+
+@app.command(epilog='Example: bild calibrate help-de-en --large shipped --out runs/calibration --limit 1000')
+def calibrate(task: Annotated[str, typer.Argument(metavar='TASK', help='iwslt2017, wmt2014, xsum, cnndm, help-de-en, or text (with --data)')],
+              out: Annotated[Path, typer.Option(metavar='DIR', help='folder of the data set')],
+              large: Annotated[str | None, typer.Option(metavar='L', help='the large model: a local folder, a hub id, or shipped', show_default='shipped for help-de-en')] = None,
+              data: Annotated[str | None, typer.Option(metavar='D', help='inputs: a folder, a file (parquet, jsonl, csv, txt), a set on the hub', show_default="the task's own")] = None,
+              split: Annotated[str, typer.Option(metavar='S', help='split of the inputs')] = 'train', source_column: SourceColumn = None,
+              prefix: Annotated[str | None, typer.Option(metavar='P', help='put before every input', show_default="the task's")] = None,
+              limit: Annotated[int | None, typer.Option(min=1, metavar='N', help='the first N inputs only', show_default='all')] = None, max_source: MaxSource = None,
+              max_new_tokens: Annotated[int, typer.Option(min=1, metavar='N', help='longest output')] = 128,
+              max_tokens: Annotated[int, typer.Option(min=1, metavar='N', help='source tokens of a batch, padding included')] = 4096,
+              dtype: Annotated[str, typer.Option(metavar='D', help='fp32, bf16 or fp16')] = 'fp32', license: License = None,
+              num_processes: Processes = None, restart: Restart = False, threads: Threads = None, as_json: Json = False, debug: Debug = False):
+    "Write the large model's greedy outputs for a training set; give the command again after an interruption."
+    if large is None and task != 'help-de-en': raise typer.BadParameter('name the large model', param_hint='--large')
+    with working(debug, threads, num_processes) as state:
+        from bild_nb.align import calibrate as run
+        from bild_nb.models import load_model
+        rows, usual, terms = task_inputs(task, data, split, source_column, limit)
+        model, tokenizer = load_model(large or 'shipped', 'large', str(state.device), dtype)
+        if tokenizer is None: raise ValueError(f'{large}: the folder has no tokenizer')
+        made = run(model, tokenizer, rows, out, called(large or 'shipped'), task if not data else f'{task} ({called(data)})', usual if prefix is None else prefix,
+                   max_source, max_new_tokens, max_tokens, license or terms, restart)
+        if state.is_main_process: typer.echo(json.dumps(dict(out=str(out), **made)) if as_json else f'{out}: {made["rows"]} pairs, {made["counts"]["tokens"]} tokens; {made["counts"]["cut"]} outputs cut, {made["counts"]["empty"]} empty')
+
+# %% ../nbs/90_cli.ipynb #80314f38
+def chosen_recipe(name: str | None, task: str | None, given: dict):
+    "A `Recipe` and what the options change in it"
+    from dataclasses import replace
+    from bild_nb.align import BENCHMARKS, RECIPES, check_recipe
+    name = name or ('paper' if task in BENCHMARKS else 'epochs')
+    if name not in RECIPES: raise typer.BadParameter(f'{name!r}: choose from {", ".join(RECIPES)}', param_hint='--recipe')
+    given = {k: v for k, v in given.items() if v is not None}
+    for a, b in (('epochs', 'steps'), ('steps', 'epochs'), ('batch', 'max_tokens'), ('max_tokens', 'batch')):
+        if a in given and b not in given: given[b] = None
+    return check_recipe(replace(RECIPES[name], **given))
+
+def large_for(large: str | None, made: dict, device: str, small_tokenizer):
+    "The large model that an alignment listens to, and its name; without a word, the one that made the calibration set, if it is here"
+    from bild_nb.align import model_digest
+    from bild_nb.models import check_tokenizers, load_model
+    where = large or made.get('large')
+    if where is None or not large and where != 'shipped' and not Path(where).is_dir(): return None, where or 'a model'
+    model, tokenizer = load_model(where, 'large', device)
+    if tokenizer is not None: check_tokenizers(tokenizer, small_tokenizer)
+    if made.get('dtype') == 'float32' and made['weights'] != model_digest(model): warnings.warn(f'{where} is not the model that made the calibration set ({made["large"]}), or its weights have changed')
+    return model, called(where)
+
+def stored_half(where: str) -> bool:
+    "Whether a model's files are in fp16; the aligned one will be, too"
+    import torch
+    from transformers import AutoConfig
+    from bild_nb.models import find_model
+    return AutoConfig.from_pretrained(find_model(where, 'small')).dtype == torch.float16
+
+# %% ../nbs/90_cli.ipynb #641aa9e2
+def option(kind, text, default='of the recipe', **kw):
+    "A value of the recipe"
+    return Annotated[kind | None, typer.Option(help=text, show_default=default, **kw)]
+
+# %% ../nbs/90_cli.ipynb #a8ea31ea
+@app.command(epilog='Example: bild align --calibration runs/calibration --small shipped --out runs/aligned --epochs 3')
+def align(calibration: Annotated[str, typer.Option(metavar='DIR', help='a set that bild calibrate made, or any with two columns of texts (folder, file, set on the hub)')],
+          small: Annotated[str, typer.Option(metavar='S', help='the model to start from: a local folder, a hub id, or shipped')],
+          out: Annotated[Path, typer.Option(metavar='DIR', help='folder of the aligned model')],
+          large: Annotated[str | None, typer.Option(metavar='L', help='the large model', show_default='the one that made the set, if it is here')] = None,
+          objective: Annotated[str, typer.Option(metavar='O', help='sequence (the paper), forward, reverse (KL) or js')] = 'sequence',
+          on_policy: Annotated[float, typer.Option(metavar='SHARE', help="batches with the small model's own drafts, 0 to 1; not for sequence")] = 0.,
+          temperature: Annotated[float, typer.Option(metavar='T', help='of these drafts; 0 is greedy')] = 1.,
+          policy: Annotated[str | None, typer.Option(metavar='FB,RB', help='thresholds at which agreement is measured', show_default='0.6,2, or lossless:0.6 without a large model')] = None,
+          recipe: Annotated[str | None, typer.Option(metavar='R', help='paper or epochs', show_default='paper for the four benchmarks')] = None,
+          lr: option(list[float], 'rate; may be given again: the best by agreement is kept', metavar='X') = None,
+          schedule: option(str, 'linear (to zero) or constant', metavar='S') = None, warmup: option(int, 'steps to reach the rate', min=0, metavar='N') = None,
+          epochs: option(float, 'passes over the data', metavar='N') = None, steps: option(int, 'instead of --epochs', min=1, metavar='N') = None,
+          batch: option(int, 'pairs a batch', min=1, metavar='N') = None, max_tokens: option(int, 'instead of --batch: padded tokens', min=1, metavar='N') = None,
+          accumulate: option(int, 'batches a step', min=1, metavar='N') = None, every: option(int, 'steps between checkpoints', min=1, metavar='N') = None,
+          patience: option(int, 'checkpoints without a better agreement before it stops', min=1, metavar='N') = None,
+          relative: option(bool, 'steps in proportion to the weights') = None, clip: option(float, 'largest norm of the gradient; 0 for any', min=0., metavar='X') = None,
+          checkpointing: Annotated[bool, typer.Option('--gradient-checkpointing', help='save memory, take longer')] = False,
+          bf16: Annotated[bool, typer.Option('--bf16', help='multiply in bfloat16')] = False, seed: Annotated[int, typer.Option(metavar='N', help='of order, dropout, drafts and held-out texts')] = 0,
+          valid: Annotated[str | None, typer.Option(metavar='DIR', help='another such set, to measure agreement on', show_default='a part is held out')] = None,
+          examples: Annotated[int, typer.Option(min=1, metavar='N', help='texts to measure agreement on')] = 500, source_column: SourceColumn = None,
+          target_column: Annotated[str | None, typer.Option(metavar='C', help="column of the large model's outputs", show_default='found by its name')] = None,
+          prefix: Annotated[str | None, typer.Option(metavar='P', help='put before every input', show_default="the set's")] = None, max_source: MaxSource = None,
+          max_target: Annotated[int, typer.Option(min=1, metavar='N', help='longest target, in tokens')] = 128, license: License = None,
+          num_processes: Processes = None, restart: Restart = False, threads: Threads = None, as_json: Json = False, debug: Debug = False):
+    "Fine-tune the small model on the large model's outputs; give the command again after an interruption."
+    rule = read_policy(policy) if policy else None
+    with working(debug, threads, num_processes) as state:
+        from bild_nb.align import align as run, check_tokenizer, read_calibration
+        from bild_nb.models import load_model
+        pairs, made = read_calibration(calibration, source_column, target_column)
+        how = chosen_recipe(recipe, made.get('task'), dict(lr=tuple(lr) if lr else None, schedule=schedule, warmup=warmup, epochs=epochs, steps=steps, batch=batch, max_tokens=max_tokens, accumulate=accumulate,
+                                                          every=every, patience=patience, relative=relative, clip=clip, checkpointing=checkpointing or None, bf16=bf16 or None, seed=seed))
+        model, tokenizer = load_model(small, 'small', str(state.device))
+        if tokenizer is None: raise ValueError(f'{small}: the folder has no tokenizer')
+        check_tokenizer(made, tokenizer, calibration)
+        big, name = large_for(large, made, str(state.device), tokenizer)
+        result = run(model, tokenizer, pairs, out, big, how, objective, on_policy, temperature, rule, read_calibration(valid, source_column, target_column)[0] if valid else None, examples,
+                     made.get('prefix', '') if prefix is None else prefix, max_source or made.get('max_source'), max_target, (called(small), name, license or made.get('license', 'unknown')), stored_half(small), restart)
+        if state.is_main_process: typer.echo(json.dumps(dict(out=str(out), **result)) if as_json else
+            f'{out}: agreement at {result["settings"]["policy"]} {result["before"]:.3f} before, {result["best"]["agreement"]:.3f} now (rate {result["best"]["lr"]:g}, step {result["best"]["step"]})')
 
 # %% ../nbs/90_cli.ipynb #8d1cd17a
 def installed(name: str) -> str:
