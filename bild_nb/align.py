@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['FORMATS', 'BENCHMARKS', 'SOURCES', 'TARGETS', 'RESULT', 'WORK', 'OBJECTIVES', 'RECIPES', 'read_rows', 'columns',
            'text_column', 'calibration_inputs', 'source_limit', 'shorten', 'cut_batches', 'greedy', 'outputs',
-           'whole_lines', 'open_part', 'lock', 'digest', 'model_digest', 'tokenizer_digest', 'check_same', 'processes',
-           'asked_processes', 'check_processes', 'read_settings', 'replace_file', 'write_result', 'calibration_card',
-           'calibration_settings', 'begin', 'work_off', 'calibrate', 'parts', 'finish', 'disk', 'read_calibration',
-           'check_tokenizer', 'encode_pairs', 'sequence', 'forward', 'reverse', 'js', 'own_drafts', 'agreement',
-           'Recipe', 'check_recipe', 'AlignTrainer', 'mean_agreement', 'align_arguments', 'Ends', 'steps_per_epoch',
-           'plan', 'Bar', 'new_trainer', 'hold_out', 'step_seconds', 'duration', 'checkpoint_state', 'stale', 'over',
-           'tune', 'check_objective', 'check_room', 'begin_align', 'curve', 'alignment_card', 'write_model', 'align',
-           'align_settings', 'tune_rates', 'announce', 'load_best', 'load_weights']
+           'whole_lines', 'open_part', 'lock', 'locked', 'digest', 'model_digest', 'tokenizer_digest', 'check_same',
+           'processes', 'asked_processes', 'check_processes', 'read_settings', 'replace_file', 'write_result',
+           'calibration_card', 'calibration_settings', 'begin', 'work_off', 'calibrate', 'parts', 'finish', 'disk',
+           'read_calibration', 'check_tokenizer', 'encode_pairs', 'sequence', 'forward', 'reverse', 'js', 'own_drafts',
+           'agreement', 'Recipe', 'check_recipe', 'AlignTrainer', 'mean_agreement', 'align_arguments', 'Ends',
+           'steps_per_epoch', 'plan', 'Bar', 'new_trainer', 'hold_out', 'step_seconds', 'duration', 'checkpoint_state',
+           'stale', 'over', 'tune', 'check_objective', 'check_room', 'begin_align', 'read_alignment', 'curve',
+           'alignment_card', 'write_model', 'align', 'align_settings', 'tune_rates', 'announce', 'load_best',
+           'load_weights']
 
 # %% ../nbs/10_align.ipynb #55196b20
 import fcntl, hashlib, json, math, os, random, shutil, sys, time, warnings
@@ -169,17 +170,33 @@ def open_part(
     file:Path, # of one process
 ): # opened for appending whole lines, locked
     "Cut a half line off and lock the file"
-    f = open(file, 'a+b')
-    lock(f, file.parent.parent)
-    f.seek(0)
-    f.truncate(f.read().rfind(b'\n') + 1)
+    with ExitStack() as stack:
+        f = stack.enter_context(open(file, 'a+b'))
+        lock(f, file.parent.parent)
+        f.seek(0)
+        f.truncate(f.read().rfind(b'\n') + 1)
+        stack.pop_all()  # still open
     return f
 
 def lock(f, out):
     "Take the operating system's lock: it ends with the process, however that ends"
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: f.close(); raise ValueError(f'another process is writing {out}: wait for it, end it, or name another --out') from None
-    return f
+    except BlockingIOError: raise ValueError(f'another process is writing {out}: wait for it, end it, or name another --out') from None
+
+@contextmanager
+def locked(
+    work:Path, # hidden folder of the work in progress, in the folder of the result
+    result:Path, # the file that makes the result whole
+):
+    "Hold the lock of `work`, which goes once the result is there; a folder of something else is left alone"
+    out = work.parent
+    if out.exists() and not work.exists() and not result.exists() and any(out.iterdir()): raise ValueError(f'{out} is not empty and was not begun by this command: name a new folder')
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work/'lock', 'a') as f:
+        lock(f, out)
+        try: yield
+        finally:
+            if result.exists(): shutil.rmtree(work)
 
 # %% ../nbs/10_align.ipynb #7681722e
 def digest(
@@ -288,17 +305,13 @@ def calibration_settings(model, tokenizer, rows, name, task, prefix, max_source,
                 max_source=max_source, max_new_tokens=max_new_tokens, max_tokens=max_tokens, license=license)
 
 def begin(out:Path, settings:dict, restart:bool):
-    "Lock `out` and see that what is there belongs to `settings`; the lock"
+    "See that what is there belongs to `settings`"
     work = out/WORK
-    if out.exists() and not work.exists() and not (out/RESULT).exists() and any(out.iterdir()): raise ValueError(f'{out} is not empty and not a calibration set: name a new folder')
-    work.mkdir(parents=True, exist_ok=True)
-    held = lock(open(work/'lock', 'a'), out)
     for part in work.glob('part-*.jsonl'): open_part(part).close()  # a sibling of a killed process may still write
     if restart: _forget(out)
     old = read_settings(out) or (json.loads((work/'settings.json').read_text()) if (work/'settings.json').exists() else settings)
     check_same({k: v for k, v in old.items() if k != 'counts'}, settings, out)
     replace_file(work/'settings.json', lambda p: p.write_text(json.dumps(settings)))
-    return held
 
 def _forget(out:Path):
     "Remove what an earlier calibration made"
@@ -346,7 +359,7 @@ def calibrate(
     ids = [shorten(i, max_source or source_limit(tokenizer)) for i in tokenizer([prefix + rows['source'][i] for i in full], verbose=False).input_ids] if full else []
     batches = cut_batches([len(i) for i in ids], max_tokens)
     with ExitStack() as stack, disk(out):
-        if state.is_main_process: stack.enter_context(begin(out, settings, restart))
+        if state.is_main_process: stack.enter_context(locked(out/WORK, out/RESULT)); begin(out, settings, restart)
         state.wait_for_everyone()
         if read_settings(out) is None:
             done = parts(out)
@@ -356,7 +369,6 @@ def calibrate(
             state.wait_for_everyone()
             if state.is_main_process: finish(out, rows, full, batches, settings)
         state.wait_for_everyone()
-        if state.is_main_process: shutil.rmtree(out/WORK)                 # the lock's file too: it is still held
     return read_settings(out)
 
 # %% ../nbs/10_align.ipynb #a8941d8b
@@ -597,9 +609,11 @@ def plan(train, r:Recipe, n:int=1)->tuple[int, int]: # steps in all; steps betwe
 
 class Bar(TrainerCallback):
     "Progress on stderr"
+    bar = None  # evaluation may come before training
     def on_train_begin(self, args, state, control, **kw): self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit=' steps', disable=not state.is_world_process_zero)
     def on_step_end(self, args, state, control, **kw): self.bar.update()
-    def on_log(self, args, state, control, logs=None, **kw): self.bar.set_postfix({k: f'{logs[k]:.3f}' for k in ('loss', 'eval_agreement') if k in logs})
+    def on_log(self, args, state, control, logs=None, **kw):
+        if self.bar is not None: self.bar.set_postfix({k: f'{logs[k]:.3f}' for k in ('loss', 'eval_agreement') if k in logs})
     def on_train_end(self, args, state, control, **kw): self.bar.close()
 
 def new_trainer(
@@ -709,18 +723,18 @@ def check_room(out:Path, small):
     if free < need: raise ValueError(f'{out} has {free/1e9:.1f} GB free and training needs about {need/1e9:.1f}: make room, or name another --out')
 
 def begin_align(out:Path, settings:dict, restart:bool):
-    "Lock `out` and see that what is there belongs to `settings`; the lock"
+    "See that what is there belongs to `settings`"
     work, result = out/'.align', out/'alignment.json'
-    if out.exists() and not work.exists() and not result.exists() and any(out.iterdir()): raise ValueError(f'{out} is not empty and not an aligned model: name a new folder')
-    work.mkdir(parents=True, exist_ok=True)
-    held = lock(open(work/'lock', 'a'), out)
     if restart:
         result.unlink(missing_ok=True)
         for f in work.iterdir(): shutil.rmtree(f) if f.is_dir() else f.name == 'lock' or f.unlink()
-    old = next((read(f) for f, read in ((result, lambda f: json.loads(f.read_text())['settings']), (work/'settings.json', lambda f: json.loads(f.read_text()))) if f.exists()), settings)
+    old = read_alignment(out)['settings'] if result.exists() else json.loads((work/'settings.json').read_text()) if (work/'settings.json').exists() else settings
     check_same(old, settings, out)
     replace_file(work/'settings.json', lambda p: p.write_text(json.dumps(settings)))
-    return held
+
+def read_alignment(out)->dict:
+    "What `align` wrote about a model"
+    return json.loads((Path(out)/'alignment.json').read_text())
 
 # %% ../nbs/10_align.ipynb #443c2b1a
 def curve(state:dict)->list[dict]:
@@ -784,7 +798,7 @@ def align(
     settings = align_settings(small, tokenizer, large, names, train, valid, recipe, state.num_processes, objective=objective, on_policy=on_policy, temperature=temperature,
                               policy=str(policy), prefix=prefix, max_source=max_source, max_target=max_target)
     with ExitStack() as stack, disk(out):
-        if state.is_main_process: stack.enter_context(begin_align(out, settings, restart)); check_room(out, small)
+        if state.is_main_process: stack.enter_context(locked(out/'.align', out/'alignment.json')); begin_align(out, settings, restart); check_room(out, small)
         state.wait_for_everyone()
         if not (out/'alignment.json').exists():
             runs, before = tune_rates(small, tokenizer, train, valid, out/'.align', recipe, progress, large=large, objective=objective, on_policy=on_policy, temperature=temperature, max_new_tokens=max_target, policy=policy)
@@ -792,8 +806,8 @@ def align(
             if state.is_main_process: write_model(small, tokenizer, out, result, half)
             state.wait_for_everyone()
         else: load_weights(small, out)
-        if state.is_main_process: shutil.rmtree(out/'.align')
-    return json.loads((out/'alignment.json').read_text())
+        state.wait_for_everyone()
+    return read_alignment(out)
 
 # %% ../nbs/10_align.ipynb #eca8c2ea
 def align_settings(small, tokenizer, large, names, train, valid, recipe, n, **given)->dict:
