@@ -539,13 +539,13 @@ class AlignTrainer(BudgetTrainer):
 # %% ../nbs/10_align.ipynb #b2668f1f
 def _both(self, model, batch):
     "Logits of small and large (None without one) at all positions with a label, and the labels"
-    on, batch = batch['labels'] != -100, {k: v for k, v in batch.items() if k != 'labels'} | dict(labels=batch['labels'])
-    x = {k: batch[k] for k in ('input_ids', 'attention_mask', 'decoder_input_ids')}
+    x, y = {k: batch[k] for k in ('input_ids', 'attention_mask', 'decoder_input_ids')}, batch['labels']
+    on = y != -100
     q = model(**x).logits[on]
-    if self.large is None: return q, None, batch['labels'][on]
+    if self.large is None: return q, None, y[on]
     with torch.no_grad(): p = self.large(**x).logits[on]
     n = min(q.shape[-1], p.shape[-1])  # padded vocabularies may differ
-    return q[:, :n], p[:, :n], batch['labels'][on]
+    return q[:, :n], p[:, :n], y[on]
 
 def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     "The mean of the objective, in nats a token"
