@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EarlyStoppingCallback, GenerationConfig, PrinterCallback, Seq2SeqTrainingArguments, TrainerCallback
 from .decode import evaluating
 from .models import check_tokenizers, special
@@ -584,7 +584,7 @@ def align_arguments(
         per_device_train_batch_size=r.batch or 16, per_device_eval_batch_size=32, gradient_accumulation_steps=r.accumulate,
         bf16=r.bf16, use_cpu=not gpu, seed=r.seed, eval_strategy='steps', eval_steps=every, save_strategy='steps', save_steps=every, save_total_limit=2,
         logging_steps=max(d for d in range(1, 51) if every % d == 0), load_best_model_at_end=True, metric_for_best_model='agreement', greater_is_better=True,
-        report_to=[], disable_tqdm=True, dataloader_pin_memory=gpu, **(dict(gradient_checkpointing=True) if r.checkpointing else {}))
+        report_to=[], disable_tqdm=True, log_level_replica='error', dataloader_pin_memory=gpu, **(dict(gradient_checkpointing=True) if r.checkpointing else {}))
 
 class Ends(TrainerCallback):
     "Judge the last step, too, and give every epoch its own order on any number of processes"
@@ -670,7 +670,7 @@ def duration(seconds:float)->str:
     "Seconds for people"
     for unit, n in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2*n: return f'{seconds/n:.1f} {unit}'
-    return f'{seconds:.0f} seconds'
+    return f'{math.ceil(seconds)} s'
 
 # %% ../nbs/10_align.ipynb #ae252528
 def checkpoint_state(
