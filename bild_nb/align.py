@@ -654,12 +654,12 @@ def step_seconds(
 )->float: # seconds of a step
     "Time forward and backward passes; the model and the random numbers stay as they are"
     rows, r, times = trainer.train_dataset, random.Random(0), []
-    mean = sum(map(len, rows['input_ids']))/len(rows)
-    size = min(len(rows), max(1, int(trainer.max_tokens/mean)) if trainer.max_tokens else trainer.args.per_device_train_batch_size)
+    lengths = list(map(max, map(len, rows['input_ids']), map(len, rows['labels'])))
+    batches = list(TokenBatches(lengths, trainer.max_tokens)) if trainer.max_tokens else [r.sample(range(len(rows)), min(len(rows), trainer.args.per_device_train_batch_size)) for _ in range(n + 1)]
     model = trainer.model.train().to(trainer.args.device)
     with torch.random.fork_rng():
         for _ in range(n + 1):
-            batch = trainer._prepare_inputs(trainer.data_collator([{k: rows[i][k] for k in ('input_ids', 'labels')} for i in r.sample(range(len(rows)), size)]))
+            batch = trainer._prepare_inputs(trainer.data_collator([{k: rows[i][k] for k in ('input_ids', 'labels')} for i in r.choice(batches)]))
             start = time.perf_counter()
             with trainer.compute_loss_context_manager(): loss = trainer.compute_loss(model, batch)
             loss.backward(); loss.item(); times.append(time.perf_counter() - start)
