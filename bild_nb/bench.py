@@ -224,7 +224,7 @@ def systems(large, small, new: int = 64, forced: bool = True, turns=None, fallba
 def hardware(device: str = 'cpu') -> dict:
     "What a figure depends on"
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
-    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), capability=torch.backends.cpu.get_cpu_capability(),
+    return dict(cpu=cpu, gpu=torch.cuda.get_device_name() if device == "cuda" else None, cores=os.cpu_count(), threads=torch.get_num_threads(), capability=torch.backends.cpu.get_cpu_capability(),
                 vnni=torch.cpu._is_vnni_supported(), torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
 
 def bench_sources(tokenizer, n: int, length: int, device: str) -> list:
@@ -279,7 +279,7 @@ def write_run(out: Path, run: dict, rows: list[dict]):
 def bench_table(run: dict) -> str:
     "A run as text: passes with their floor, then systems with their ratios"
     h, lines = run['hardware'], []
-    lines.append(f'{run["large"]} + {run["small"]}; {h["device"]}, {h["threads"]} threads, {h["capability"]}; memory {run["bandwidth"]:.1f} GB/s; torch {h["torch"]}')
+    lines.append(f'{run["large"]} + {run["small"]}; {h["gpu"] or h["cpu"]}, {h["threads"]} threads, {h["capability"]}; memory {run["bandwidth"]:.1f} GB/s; torch {h["torch"]}')
     lines.append(f'{"ms":14}{"floor":>8}{"prefill":>9}' + ''.join(f'{f"read {k}":>9}' for k in KS) + f'{"step/floor":>12}{"2-8 / 1":>8}')
     for p in run['passes']: lines.append(f'{p["model"] + ", " + p["backend"]:14}{p["floor_ms"]:8.2f}{p["prefill_ms"]:9.2f}' + ''.join(f'{p[f"read_{k}_ms"]:9.2f}' for k in KS) + f'{p["step_x_floor"]:12.2f}{p["verify_x_step"]:8.2f}')
     base = next(name for name, s in run['systems'].items() if name.startswith('large') and 'plain' not in name)

@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['CAREFUL', 'FAST', 'COLUMNS', 'COLOURS', 'STYLE', 'app', 'PairDir', 'Large', 'Small', 'Threads', 'Backend', 'Json',
-           'Debug', 'STYLES', 'LEGEND', 'sample', 'measure', 'records', 'system_row', 'cells', 'hardware', 'footnotes',
+           'Debug', 'STYLES', 'LEGEND', 'Processes', 'SourceColumn', 'MaxSource', 'Restart', 'License', 'TaskName',
+           'Out', 'TaskLarge', 'TaskSmall', 'Data', 'Split', 'Limit', 'Kind', 'Policies', 'Repeats', 'Splitter',
+           'Order', 'Device', 'Dtype', 'sample', 'measure', 'records', 'system_row', 'cells', 'hardware', 'footnotes',
            'table', 'plot', 'rows_html', 'example_html', 'page', 'console', 'note', 'reason', 'guarded', 'about',
            'open_pair', 'read_policy', 'demo_systems', 'demo_page', 'run_demo', 'demo', 'writers', 'styled',
            'trace_text', 'read_lines', 'read_input', 'encode', 'translations', 'as_record', 'translate', 'print_trace',
-           'bench', 'installed', 'findings', 'doctor', 'main']
+           'bench', 'task_inputs', 'called', 'working', 'calibrate', 'chosen_recipe', 'large_for', 'stored_half',
+           'option', 'align', 'tasks', 'wrong_use', 'read_policies', 'Setup', 'print_runs', 'eval_', 'sweep', 'tune',
+           'tuned_text', 'code_of', 'report', 'summarize', 'installed', 'findings', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #086f24ea
 import html, io, json, logging, os, platform, random, sys, warnings
@@ -19,7 +23,7 @@ from typing import Annotated
 import typer
 
 # %% ../nbs/90_cli.ipynb #8dc67273
-CAREFUL, FAST = '0.3,3', '0.3,5'
+CAREFUL, FAST = '0.5,2', '0.3,2'
 
 # %% ../nbs/90_cli.ipynb #e412c1b2
 def sample(n: int,           # paragraphs
@@ -410,6 +414,345 @@ def bench(large: Annotated[str, typer.Option(metavar='SHAPE|L', help='t5-large, 
         run = measure(large, small, out, trace, n=examples, new=max_new_tokens, repeats=repeats, device=device)
         if out: bench_picture(run, out/'passes.png')
         typer.echo(json.dumps(run) if as_json else bench_table(run))
+
+# %% ../nbs/90_cli.ipynb #2a2b299c
+def task_inputs(task: str, data: str | None, split: str, column: str | None, limit: int | None):
+    "Inputs of a task, its prefix and its licence; a wrong task is wrong use"
+    from dataclasses import replace
+    from bild_nb.align import calibration_inputs, columns, read_rows
+    from bild_nb.tasks import TASKS, open_data
+    if task not in (known := (*TASKS, 'text')): raise typer.BadParameter(f'{task!r}: choose from {", ".join(known)}', param_hint='TASK')
+    if task == 'text':
+        if not data: raise typer.BadParameter('name the texts: a folder, a file or a set on the hub', param_hint='--data')
+        return calibration_inputs(read_rows(data, split), column, limit), '', 'unknown'
+    t = TASKS[task]
+    rows, _ = open_data(replace(t, split=split), data)
+    column = column or (t.source if t.source in columns(rows) else None)
+    return calibration_inputs(rows, column, limit), t.prefix, 'mpl-2.0' if t.data == 'shipped' and not data else 'unknown'
+
+def called(where: str) -> str:
+    "A model's name on a card: a folder's own, without where it lies"
+    return Path(where).resolve().name if Path(where).is_dir() else where
+
+@contextmanager
+def working(debug: bool, threads: int | None, processes: int | None):
+    "`guarded`, for several processes: quiet libraries, and a note if there are not as many as were asked for; gives `PartialState`"
+    with guarded(debug):
+        import datasets, torch
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+        from bild_nb.align import check_processes, processes as state
+        if threads: torch.set_num_threads(threads)
+        disable_progress_bar(); set_verbosity_error(); datasets.disable_progress_bars()
+        logging.getLogger('datasets').setLevel(logging.CRITICAL)  # its errors are ours
+        check_processes(state(), processes)
+        yield state()
+
+# %% ../nbs/90_cli.ipynb #edcf3c9d
+Processes = Annotated[int | None, typer.Option('--num-processes', min=1, metavar='N', help='how many you started (torchrun, accelerate launch); a note if it is another number', show_default=False)]
+SourceColumn = Annotated[str | None, typer.Option(metavar='C', help='column of the inputs', show_default='found by its name')]
+MaxSource = Annotated[int | None, typer.Option(min=2, metavar='N', help='longest input, in tokens', show_default='what the tokenizer states')]
+Restart = Annotated[bool, typer.Option('--restart', help='throw away what is there')]
+License = Annotated[str | None, typer.Option(metavar='X', help='licence of the result, for its card', show_default=False)]
+
+@app.command(epilog='Example: bild calibrate help-de-en --large shipped --out runs/calibration --limit 1000')
+def calibrate(task: Annotated[str, typer.Argument(metavar='TASK', help='iwslt2017, wmt2014, xsum, cnndm, help-de-en, or text (with --data)')],
+              out: Annotated[Path, typer.Option(metavar='DIR', help='folder of the data set')],
+              large: Annotated[str | None, typer.Option(metavar='L', help='the large model: a local folder, a hub id, or shipped', show_default='shipped for help-de-en')] = None,
+              data: Annotated[str | None, typer.Option(metavar='D', help='inputs: a folder, a file (parquet, jsonl, csv, txt), a set on the hub', show_default="the task's own")] = None,
+              split: Annotated[str, typer.Option(metavar='S', help='split of the inputs')] = 'train', source_column: SourceColumn = None,
+              prefix: Annotated[str | None, typer.Option(metavar='P', help='put before every input', show_default="the task's")] = None,
+              limit: Annotated[int | None, typer.Option(min=1, metavar='N', help='the first N inputs only', show_default='all')] = None, max_source: MaxSource = None,
+              max_new_tokens: Annotated[int, typer.Option(min=1, metavar='N', help='longest output')] = 128,
+              max_tokens: Annotated[int, typer.Option(min=1, metavar='N', help='source tokens of a batch, padding included')] = 4096,
+              dtype: Annotated[str, typer.Option(metavar='D', help='fp32, bf16 or fp16')] = 'fp32', license: License = None,
+              num_processes: Processes = None, restart: Restart = False, threads: Threads = None, as_json: Json = False, debug: Debug = False):
+    "Write the large model's greedy outputs for a training set; give the command again after an interruption."
+    if large is None and task != 'help-de-en': raise typer.BadParameter('name the large model', param_hint='--large')
+    with working(debug, threads, num_processes) as state:
+        from bild_nb.align import calibrate as run
+        from bild_nb.models import load_model
+        rows, usual, terms = task_inputs(task, data, split, source_column, limit)
+        model, tokenizer = load_model(large or 'shipped', 'large', str(state.device), dtype)
+        if tokenizer is None: raise ValueError(f'{large}: the folder has no tokenizer')
+        made = run(model, tokenizer, rows, out, called(large or 'shipped'), task if not data else f'{task} ({called(data)})', usual if prefix is None else prefix,
+                   max_source, max_new_tokens, max_tokens, license or terms, restart)
+        if state.is_main_process: typer.echo(json.dumps(dict(out=str(out), **made)) if as_json else f'{out}: {made["rows"]} pairs, {made["counts"]["tokens"]} tokens; {made["counts"]["cut"]} outputs cut, {made["counts"]["empty"]} empty')
+
+# %% ../nbs/90_cli.ipynb #a5c5dc7d
+def chosen_recipe(name: str | None, task: str | None, given: dict):
+    "A `Recipe` and what the options change in it"
+    from dataclasses import replace
+    from bild_nb.align import RECIPES, check_recipe
+    from bild_nb.tasks import TASKS
+    name = name or ('paper' if task in TASKS and TASKS[task].published else 'epochs')
+    if name not in RECIPES: raise typer.BadParameter(f'{name!r}: choose from {", ".join(RECIPES)}', param_hint='--recipe')
+    given = {k: v for k, v in given.items() if v is not None}
+    for a, b in (('epochs', 'steps'), ('steps', 'epochs'), ('batch', 'max_tokens'), ('max_tokens', 'batch')):
+        if a in given and b not in given: given[b] = None
+    return check_recipe(replace(RECIPES[name], **given))
+
+def large_for(large: str | None, made: dict, device: str, small_tokenizer):
+    "The large model that an alignment listens to, and its name; without a word, the one that made the calibration set, if it is here"
+    from bild_nb.align import model_digest
+    from bild_nb.models import check_tokenizers, load_model
+    where = large or made.get('large')
+    if where is None or not large and where != 'shipped' and not Path(where).is_dir(): return None, where or 'a model'
+    model, tokenizer = load_model(where, 'large', device)
+    if tokenizer is not None: check_tokenizers(tokenizer, small_tokenizer)
+    if made.get('dtype') == 'float32' and made['weights'] != model_digest(model): warnings.warn(f'{where} is not the model that made the calibration set ({made["large"]}), or its weights have changed')
+    return model, called(where)
+
+def stored_half(where: str) -> bool:
+    "Whether a model's files are in fp16; the aligned one will be, too"
+    import torch
+    from transformers import AutoConfig
+    from bild_nb.models import find_model
+    return AutoConfig.from_pretrained(find_model(where, 'small')).dtype == torch.float16
+
+# %% ../nbs/90_cli.ipynb #f620152b
+def option(kind, text, default='of the recipe', **kw):
+    "A value of the recipe"
+    return Annotated[kind | None, typer.Option(help=text, show_default=default, **kw)]
+
+# %% ../nbs/90_cli.ipynb #4313b2e4
+@app.command(epilog='Example: bild align --calibration runs/calibration --small shipped --out runs/aligned --epochs 3')
+def align(calibration: Annotated[str, typer.Option(metavar='DIR', help='a set that bild calibrate made, or any with two columns of texts (folder, file, set on the hub)')],
+          small: Annotated[str, typer.Option(metavar='S', help='the model to start from: a local folder, a hub id, or shipped')],
+          out: Annotated[Path, typer.Option(metavar='DIR', help='folder of the aligned model')],
+          large: Annotated[str | None, typer.Option(metavar='L', help='the large model', show_default='the one that made the set, if it is here')] = None,
+          objective: Annotated[str, typer.Option(metavar='O', help='sequence (the paper), forward, reverse (KL) or js')] = 'sequence',
+          on_policy: Annotated[float, typer.Option(metavar='SHARE', help="batches with the small model's own drafts, 0 to 1; not for sequence")] = 0.,
+          temperature: Annotated[float, typer.Option(metavar='T', help='of these drafts; 0 is greedy')] = 1.,
+          policy: Annotated[str | None, typer.Option(metavar='FB,RB', help='thresholds at which agreement is measured', show_default='0.6,2, or lossless:0.6 without a large model')] = None,
+          recipe: Annotated[str | None, typer.Option(metavar='R', help='paper or epochs', show_default='paper for the four benchmarks')] = None,
+          lr: option(list[float], 'rate; may be given again: the best by agreement is kept', metavar='X') = None,
+          schedule: option(str, 'linear (to zero) or constant', metavar='S') = None, warmup: option(int, 'steps to reach the rate', min=0, metavar='N') = None,
+          epochs: option(float, 'passes over the data', metavar='N') = None, steps: option(int, 'instead of --epochs', min=1, metavar='N') = None,
+          batch: option(int, 'pairs a batch', min=1, metavar='N') = None, max_tokens: option(int, 'instead of --batch: padded tokens', min=1, metavar='N') = None,
+          accumulate: option(int, 'batches a step', min=1, metavar='N') = None, every: option(int, 'steps between checkpoints', min=1, metavar='N') = None,
+          patience: option(int, 'checkpoints without a better agreement before it stops', min=1, metavar='N') = None,
+          relative: option(bool, 'steps in proportion to the weights') = None, clip: option(float, 'largest norm of the gradient; 0 for any', min=0., metavar='X') = None,
+          checkpointing: Annotated[bool, typer.Option('--gradient-checkpointing', help='save memory, take longer')] = False,
+          bf16: Annotated[bool, typer.Option('--bf16', help='multiply in bfloat16')] = False, seed: Annotated[int, typer.Option(metavar='N', help='of order, dropout, drafts and held-out texts')] = 0,
+          valid: Annotated[str | None, typer.Option(metavar='DIR', help='another such set, to measure agreement on', show_default='a part is held out')] = None,
+          examples: Annotated[int, typer.Option(min=1, metavar='N', help='texts to measure agreement on')] = 500, source_column: SourceColumn = None,
+          target_column: Annotated[str | None, typer.Option(metavar='C', help="column of the large model's outputs", show_default='found by its name')] = None,
+          prefix: Annotated[str | None, typer.Option(metavar='P', help='put before every input', show_default="the set's")] = None, max_source: MaxSource = None,
+          max_target: Annotated[int, typer.Option(min=1, metavar='N', help='longest target, in tokens')] = 128, license: License = None,
+          num_processes: Processes = None, restart: Restart = False, threads: Threads = None, as_json: Json = False, debug: Debug = False):
+    "Fine-tune the small model on the large model's outputs; give the command again after an interruption."
+    rule = read_policy(policy) if policy else None
+    with working(debug, threads, num_processes) as state:
+        from bild_nb.align import align as run, check_tokenizer, read_calibration
+        from bild_nb.models import load_model
+        pairs, made = read_calibration(calibration, source_column, target_column)
+        how = chosen_recipe(recipe, made.get('task'), dict(lr=tuple(lr) if lr else None, schedule=schedule, warmup=warmup, epochs=epochs, steps=steps, batch=batch, max_tokens=max_tokens, accumulate=accumulate,
+                                                          every=every, patience=patience, relative=relative, clip=clip, checkpointing=checkpointing or None, bf16=bf16 or None, seed=seed))
+        model, tokenizer = load_model(small, 'small', str(state.device))
+        if tokenizer is None: raise ValueError(f'{small}: the folder has no tokenizer')
+        check_tokenizer(made, tokenizer, calibration)
+        big, name = large_for(large, made, str(state.device), tokenizer)
+        result = run(model, tokenizer, pairs, out, big, how, objective, on_policy, temperature, rule, read_calibration(valid, source_column, target_column)[0] if valid else None, examples,
+                     made.get('prefix', '') if prefix is None else prefix, max_source or made.get('max_source'), max_target, (called(small), name, license or made.get('license', 'unknown')), stored_half(small), restart)
+        if state.is_main_process: typer.echo(json.dumps(dict(out=str(out), **result)) if as_json else
+            f'{out}: agreement at {result["settings"]["policy"]} {result["before"]:.3f} before, {result["best"]["agreement"]:.3f} now (rate {result["best"]["lr"]:g}, step {result["best"]["step"]})')
+
+# %% ../nbs/90_cli.ipynb #78d3edaa
+@app.command(epilog='Example: bild tasks --json')
+def tasks(as_json: Json = False, debug: Debug = False):
+    "List the tasks with their data sets and checkpoints, and what of it is on this machine."
+    with guarded(debug):
+        from bild_nb.tasks import listing
+        rows = listing()
+        if as_json: return typer.echo(json.dumps(rows))
+        for r in rows:
+            typer.echo(f'{r["task"]}: {r["about"]}; {r["split"]}, {r["metric"]}')
+            for part, p in r['parts'].items(): typer.echo(f'  {part:22}{p["name"] if not Path(p["name"]).is_absolute() else "shipped"}{"  (here)" if p["offline"] else ""}')
+            for kind, names in r['policies'].items(): typer.echo(f'  {"policies, " + kind:22}{" and ".join(names)}')
+
+# %% ../nbs/90_cli.ipynb #26e22150
+@contextmanager
+def wrong_use(hint: str):
+    "A `ValueError` is wrong use of an option"
+    try: yield
+    except ValueError as e: raise typer.BadParameter(str(e), param_hint=hint) from e
+
+def read_policies(given: list, task, kind: str) -> list:
+    "The policies that `--policy` names; `published` (also `official:published` and `paper:published`) is the pair of pairs of a row"
+    from bild_nb.tasks import pairs
+    texts = []
+    for text in given or (['published'] if task.published else list(task.policies) or ['0.6,2']):
+        rule, _, rest = text.rpartition(':')
+        with wrong_use('--policy'): texts += [f'{rule}:{p}' if rule else p for p in pairs(task, 'unaligned' if kind == 'other' else kind)] if rest == 'published' else [text]
+    return [read_policy(t) for t in texts]
+
+# %% ../nbs/90_cli.ipynb #2bd25867
+class Setup:
+    "What `eval`, `sweep` and `tune` have in common: the task, the rows, the pair"
+    def __init__(self, task: str, out: Path, large, small, data, split, limit, kind, tune=False, **protocol):
+        from dataclasses import replace
+        from bild_nb.evaluate import METRICS, Protocol, read_info
+        from bild_nb.models import find_model
+        from bild_nb.tasks import checkpoints, find_task
+        with wrong_use('TASK'): self.task = find_task(task)
+        if split: self.task = replace(self.task, split=split)
+        if tune and not split and self.task.name == 'help-de-en': self.task = replace(self.task, split='validation')
+        with wrong_use('--order'): self.protocol = Protocol(**protocol)
+        with wrong_use('--small'): *self.names, inferred = checkpoints(self.task, large, small)
+        self.kind, self.data, self.limit, self.out = kind or inferred, data, limit, out
+        METRICS[self.task.metric](self.protocol.splitter)
+        if (out/'run.json').exists(): read_info(out)
+        for name, which in zip(self.names, ('large', 'small')): find_model(name, which)
+
+    def load(self, device, threads, dtype, backend):
+        "Read the data, load the models"
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+        from bild_nb.tasks import load_rows, open_pair as open_task_pair
+        for name, value, legal in (('--dtype', dtype, ('fp32', 'bf16', 'fp16', 'int8')), ('--backend', backend, ('auto', 'plain', 'engine'))):
+            if value not in legal: raise typer.BadParameter(f'{value!r}: choose from {", ".join(legal)}', param_hint=name)
+        if threads: torch.set_num_threads(threads)
+        disable_progress_bar(); logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
+        self.rows = load_rows(self.task, self.data, self.limit)
+        if self.rows.left_out: note(f'{len(self.rows.left_out)} examples have an empty source or reference and are left out, the first is {self.rows.left_out[0]}')
+        if device is None and torch.cuda.is_available(): device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        self.pair, _ = open_task_pair(self.task, *self.names, device=device, dtype=dtype, backend=backend)
+
+# %% ../nbs/90_cli.ipynb #2b17e43a
+TaskName = Annotated[str, typer.Argument(metavar='TASK', help='iwslt2017, wmt2014, xsum, cnndm, help-de-en, or a .toml file')]
+Out = Annotated[Path, typer.Option('--out', metavar='RUN', help='the run folder; one that was left goes on')]
+TaskLarge = Annotated[str | None, typer.Option('--large', metavar='L', help='a local folder or a hub id', show_default="the task's")]
+TaskSmall = Annotated[str | None, typer.Option('--small', metavar='S', help='unaligned, aligned, aligned-repro, a local folder or a hub id', show_default='unaligned')]
+Data = Annotated[str | None, typer.Option('--data', metavar='D', help='a local folder or file instead of the hub')]
+Split = Annotated[str | None, typer.Option('--split', metavar='S', help="another split than the task's")]
+Limit = Annotated[int | None, typer.Option('--limit', min=1, metavar='N', help='the first N examples only')]
+Kind = Annotated[str | None, typer.Option('--kind', metavar='K', help='which row of the tables a local small model belongs to: unaligned, aligned or aligned-repro')]
+Policies = Annotated[list[str] | None, typer.Option('--policy', metavar='FB,RB', help='thresholds, or published; may be given again', show_default='published, where there are')]
+Repeats = Annotated[int, typer.Option('--repeats', min=1, metavar='R', help='times each example is timed')]
+Splitter = Annotated[str, typer.Option('--splitter', metavar='P', help='of sentences for rougeLsum: punkt (NLTK) or regex')]
+Order = Annotated[str, typer.Option('--order', metavar='O', help='of the examples: original, or length (longest first)')]
+Device = Annotated[str | None, typer.Option('--device', metavar='DEV', help='cpu, cuda, cuda:1', show_default='a GPU where there is one')]
+Dtype = Annotated[str, typer.Option('--dtype', metavar='T', help='fp32, bf16, fp16 or int8')]
+
+def print_runs(folders: list, as_json: bool):
+    "The table of some run folders"
+    from bild_nb.report import benchmark_table, load, markdown, shares_table, task_name
+    report = load(folders)
+    if as_json: return typer.echo(json.dumps(dict(rows=[r for rows in report.rows for r in rows], out=str(folders[0]))))
+    name = task_name(report.runs[0])
+    typer.echo('\n\n'.join(markdown(t) for t in (benchmark_table(report, name), shares_table(report, name))))
+
+# %% ../nbs/90_cli.ipynb #2acc0fd9
+@app.command('eval', epilog='Example: bild eval xsum --small aligned --policy published --out runs/xsum-aligned')
+def eval_(task: TaskName, out: Out, large: TaskLarge = None, small: TaskSmall = None, data: Data = None, split: Split = None, policy: Policies = None, limit: Limit = None,
+          no_timing: Annotated[bool, typer.Option('--no-timing', help='quality only: every policy once, the models alone in batches')] = False,
+          repeats: Repeats = 3, order: Order = 'original', splitter: Splitter = 'punkt', kind: Kind = None, batch: Annotated[int, typer.Option(min=1, metavar='B', help='of the models alone, with --no-timing')] = 16,
+          device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto', as_json: Json = False, debug: Debug = False):
+    "Run a task: large, small and BiLD, interleaved and timed; scores, speed-ups and their intervals. A run that was interrupted goes on."
+    with guarded(debug):
+        setup = Setup(task, out, large, small, data, split, limit, kind, timing=not no_timing, repeats=repeats, order=order, batch=batch, predict=not no_timing, splitter=splitter)
+        policies = read_policies(policy, setup.task, setup.kind)
+        setup.load(device, threads, dtype, backend)
+        from bild_nb.evaluate import evaluate
+        if evaluate(setup.task, setup.pair, setup.rows, policies, out, setup.protocol, setup.kind, setup.names): print_runs([out], as_json)
+
+# %% ../nbs/90_cli.ipynb #99656c69
+@app.command(epilog='Example: bild sweep help-de-en --split validation --limit 300 --out runs/sweep')
+def sweep(task: TaskName, out: Out, large: TaskLarge = None, small: TaskSmall = None, data: Data = None, split: Split = None, policy: Policies = None, limit: Limit = None,
+          confirm: Annotated[int, typer.Option(min=0, metavar='N', help='points of the curve to time')] = 3, curve: Annotated[Path | None, typer.Option(metavar='F', help='write the curve as SVG')] = None,
+          repeats: Repeats = 3, order: Order = 'original', splitter: Splitter = 'punkt', kind: Kind = None, device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto',
+          as_json: Json = False, debug: Debug = False):
+    "Quality against speed over thresholds (figure 4): scores and counts of a grid, predicted speeds, some points timed."
+    with guarded(debug):
+        setup = Setup(task, out, large, small, data, split, limit, kind, repeats=repeats, order=order, splitter=splitter)
+        policies = read_policies(policy, setup.task, setup.kind) if policy else None
+        setup.load(device, threads, dtype, backend)
+        from bild_nb.evaluate import sweep as run_sweep
+        from bild_nb.report import curve as picture, load
+        if not run_sweep(setup.task, setup.pair, setup.rows, out, policies, confirm, setup.protocol, setup.kind, setup.names): return
+        if curve: curve.write_text(picture(load([out]), [setup.task.name]), encoding='utf-8')
+        print_runs([out], as_json)
+
+# %% ../nbs/90_cli.ipynb #1f1f5f1b
+@app.command(epilog='Example: bild tune help-de-en --max-drop 0.5 --out runs/tuned')
+def tune(task: TaskName, out: Out, max_drop: Annotated[float | None, typer.Option(metavar='X', help='points of the score that may be lost')] = None,
+         max_loss: Annotated[float | None, typer.Option(metavar='A', help='a bound on the mean of 1 - chrF against the large model, to be promised')] = None,
+         confidence: Annotated[float, typer.Option(metavar='C', help='of the promise')] = .95,
+         large: TaskLarge = None, small: TaskSmall = None, data: Data = None, split: Split = None, policy: Policies = None,
+         limit: Annotated[int, typer.Option(min=2, metavar='N', help='examples to search on')] = 200, held_out: Annotated[int, typer.Option(min=2, metavar='N', help='examples to confirm on')] = 200,
+         repeats: Repeats = 3, splitter: Splitter = 'punkt', kind: Kind = None, device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto',
+         as_json: Json = False, debug: Debug = False):
+    "Find the fastest thresholds that lose at most --max-drop points, or of which --max-loss can be promised; on the validation split."
+    with guarded(debug):
+        from bild_nb.evaluate import Goal, tune as run_tune
+        with wrong_use('--max-drop'): goal = Goal(max_drop, max_loss, confidence)
+        setup = Setup(task, out, large, small, data, split, None, kind, tune=True, repeats=repeats, splitter=splitter)
+        policies = [p.name for p in read_policies(policy, setup.task, setup.kind)] if policy else None
+        setup.load(device, threads, dtype, backend)
+        found = run_tune(setup.task, setup.pair, setup.rows, out, goal, policies, limit, held_out, setup.protocol, setup.kind, setup.names)
+        typer.echo(json.dumps(found) if as_json else tuned_text(found))
+        if not found['policy']: raise typer.Exit(1)
+
+# %% ../nbs/90_cli.ipynb #8e9ee6d7
+def tuned_text(found: dict) -> str:
+    "What `bild tune` prints"
+    from bild_nb.report import ranged
+    goal, trials = found['goal'], found['trials']
+    used = f'{found["generated"]} generations instead of {found["full"]}; {len(trials)} of the candidates were tried.'
+    what = f'at most {goal["max_drop"]:g} points lost' if goal['max_loss'] is None else f'an expected loss of at most {goal["max_loss"]:g} with confidence {goal["confidence"]:g}'
+    if not found['policy']: return f'No thresholds with {what} are faster than the large model. {used}'
+    c = found['confirmed']
+    lines = [f'--policy {found["policy"]}    {code_of(found["policy"])}', f'On {c["examples"]} held-out examples: {ranged(c["speedup"], c["speedup_interval"], "×")} as fast as the large model, '
+             f'score {ranged(c["score"], c["score_interval"])}, difference {ranged(c["difference"], c["difference_interval"], sign="+")} (95 % intervals).']
+    if goal['max_loss'] is None and -c['difference'] > goal['max_drop']: lines.append(f'Not confirmed: more than {goal["max_drop"]:g} points are lost on the held-out examples. Search on more (--limit).')
+    if goal['max_loss'] is not None:
+        t = next(t for t in reversed(trials) if t['chosen'])
+        lines.append(f'Promised with confidence {goal["confidence"]:g}: on examples like these, 1 - chrF against the large model is below {goal["max_loss"]:g} on average (here {t["loss"]:.4f}, p = {t["p"]:.3g}).')
+    return '\n'.join([*lines, used])
+
+def code_of(policy: str) -> str:
+    "A policy as Python"
+    kind, _, numbers = policy.rpartition(':')
+    return f'Policy.{kind or "bild"}({numbers.replace(",", ", ")})'
+
+# %% ../nbs/90_cli.ipynb #698567fd
+@app.command(epilog='Example: bild report runs/xsum runs/xsum-aligned --format html --out results.html')
+def report(runs: Annotated[list[Path], typer.Argument(metavar='RUN...', help='run folders')],
+           form: Annotated[str, typer.Option('--format', metavar='F', help='md, html (with curves) or latex')] = 'md',
+           out: Annotated[Path | None, typer.Option(metavar='F', help='file to write', show_default='stdout')] = None, as_json: Json = False, debug: Debug = False):
+    "Tables of run folders: paper, reproduction and ours."
+    with guarded(debug):
+        from bild_nb.report import load, render
+        if form not in ('md', 'html', 'latex'): raise typer.BadParameter(f'{form!r}: choose md, html or latex', param_hint='--format')
+        if as_json: return print_runs(runs, True)
+        text = render(load(runs), form)
+        if out: out.write_text(text + '\n', encoding='utf-8')
+        else: typer.echo(text)
+
+# %% ../nbs/90_cli.ipynb #5a8f2719
+@app.command(epilog='Example: bild summarize --file article.txt --task cnndm --small aligned')
+def summarize(text: Annotated[str | None, typer.Argument(metavar='[TEXT|-]', help='a text, or - for stdin', show_default=False)] = None,
+              file: Annotated[Path | None, typer.Option(metavar='F', help='a UTF-8 file')] = None,
+              task: Annotated[str, typer.Option(metavar='TASK', help='cnndm (highlights), xsum (one sentence) or a .toml file')] = 'cnndm',
+              large: TaskLarge = None, small: TaskSmall = None, policy: Annotated[str | None, typer.Option(metavar='FB,RB', help='thresholds', show_default='the careful published ones')] = None,
+              show_trace: Annotated[bool, typer.Option('--show-trace', help='show which model wrote what')] = False,
+              device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto', as_json: Json = False, debug: Debug = False):
+    "Summarize a text with a summarization pair."
+    with guarded(debug):
+        article = ' '.join(line.strip() for chunk in read_input(text, file) for _, line in chunk).strip()
+        if not article: raise ValueError('the text is empty: give one, --file F, or - for stdin')
+        from bild_nb.decode import BigLittleDecoder
+        from bild_nb.tasks import checkpoints, decode, find_task, open_pair as open_task_pair
+        with wrong_use('--task'): chosen = find_task(task)
+        with wrong_use('--small'): *names, kind = checkpoints(chosen, large, small)
+        rule = read_policies([policy] if policy else [], chosen, kind)[0]
+        if threads: import torch; torch.set_num_threads(threads)
+        pair, _ = open_task_pair(chosen, *names, device=device, dtype=dtype, backend=backend)
+        ids = pair.encode([chosen.prefix + article], chosen.max_source, ['the text'])[0]
+        out = BigLittleDecoder(pair.large, pair.small, rule).generate(ids, max_new_tokens=chosen.max_target)
+        summary = decode(pair.tokenizer, out.sequences[0], chosen.reference_tokens is not None)
+        typer.echo(as_record(article, summary, out.trace[0]).replace('"translation"', '"summary"', 1) if as_json else summary)
+        if show_trace: print_trace(out.trace[0], pair.tokenizer)
 
 # %% ../nbs/90_cli.ipynb #8d1cd17a
 def installed(name: str) -> str:
