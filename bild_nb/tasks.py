@@ -358,24 +358,27 @@ def miniature(task: Task, n: int) -> list:
     return rows
 
 # %% ../nbs/20_tasks.ipynb #447dc285
-def random_pair(folder: Path, texts: list, mt5: bool, noise: float = .08):
-    "A random T5 or mT5 in `folder/large`, the same with noise in `folder/small`, with a tokenizer and padded vocabularies"
+def random_pair(folder: Path, texts: list, mt5: bool, echo: float = .15):
+    "A random T5 or mT5 of four layers in `folder/large`, the same with one decoder layer in `folder/small`, a tokenizer, padded vocabularies"
     import torch
     from transformers import MT5Config, MT5ForConditionalGeneration
     from bild_nb.corpus import train_tokenizer
     from bild_nb.models import random_t5
+    from bild_nb.train import take_layers
     tokenizer = train_tokenizer(texts, vocab_size=500)
     tokenizer.model_max_length = 1024
-    for name, rows, gap in (('large', len(tokenizer) + 12, 0.), ('small', len(tokenizer) + 4, noise)):
-        model = random_t5(0, len(tokenizer) + 12, scale=8., **(dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False) if mt5 else {}))
-        torch.manual_seed(1)
-        with torch.no_grad(): [p.add_(gap*p.std()*torch.randn_like(p)) for p in model.parameters() if p.ndim > 1]
-        model.resize_token_embeddings(rows)
+    large = random_t5(0, len(tokenizer) + 12, 4, 4, scale=8., **(dict(feed_forward_proj='gated-gelu', tie_word_embeddings=False) if mt5 else {}))
+    with torch.no_grad(): [p.mul_(echo) for name, p in large.decoder.named_parameters() if re.match(r'block\.[123].*(\.o|\.wo)\.', name)]  # later layers add little
+    with torch.no_grad(): large.lm_head.weight[tokenizer.eos_token_id] *= 1.5  # so that some texts end
+    small = take_layers(large, [0])
+    small.resize_token_embeddings(len(tokenizer) + 4)
+    for name, model in (('large', large), ('small', small)):
         if mt5:
             config = {k: v for k, v in model.config.to_dict().items() if k not in ('model_type', 'architectures')}
             other = MT5ForConditionalGeneration(MT5Config(**config)); other.load_state_dict(model.state_dict()); model = other
         model.save_pretrained(folder/name); tokenizer.save_pretrained(folder/name)
 
+# %% ../nbs/20_tasks.ipynb #d474c283
 def rehearse(task: Task, folder: Path, n: int = 12) -> dict: # `data`, `large` and `small`: what the options of the same names take
     "Write a miniature of a benchmark, to run everything but the download"
     from datasets import Dataset, disable_progress_bars
