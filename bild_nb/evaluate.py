@@ -387,7 +387,7 @@ def processes(cpu: bool): # number, count, barrier
 def progress(total: int, text: str, main: bool = True):
     "A bar on stderr"
     from tqdm import tqdm
-    return tqdm(total=total, desc=text, unit='example', disable=not main, mininterval=.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+    return tqdm(total=total, desc=text, unit='example', **({} if main else dict(disable=True)), mininterval=.5 if sys.stderr.isatty() else 30, dynamic_ncols=True)
 
 # %% ../nbs/21_evaluate.ipynb #8413f45d
 def typical(pair, ids: list, protocol: Protocol, new: int) -> dict:
@@ -458,6 +458,7 @@ def read_run(out: Path) -> Results:
     "Read a run folder, finished or not"
     out = Path(out)
     info = read_info(out)
+    if 'goal' in info['settings']: raise ValueError(f'{out} is a tuning, not a run: its run is {out/"confirm"}')
     policies, groups = info['settings']['policies'], []
     for file in [out/'records.jsonl', *sorted(out.glob('records.*.jsonl'))]: groups += whole_examples(file, policies)[0]
     groups = list({g[0]['id']: g for g in groups}.values())
@@ -598,23 +599,24 @@ def fastest_first(generate, metric, candidates: list, times: dict, n: int, max_d
         if trial['chosen']: return
 
 # %% ../nbs/21_evaluate.ipynb #c05d21d4
-def p_values(risk,          # mean losses, in [0, 1], any shape
-             n: int,        # examples
-             bound: float   # alpha
-            ):              # of the same shape
-    "Hoeffding-Bentkus p-values of the hypothesis that the expected loss is above `bound`"
-    risk = np.asarray(risk, float)
-    a = np.minimum(risk, bound)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        kl = np.where(a > 0, a*np.log(a/bound), 0) + (1 - a)*np.log((1 - a)/(1 - bound))
-    k = np.arange(n + 1)
-    choose = np.array([math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k])
-    cdf = np.minimum(np.exp(choose + k*math.log(bound) + (n - k)*math.log1p(-bound)).cumsum(), 1)
-    return np.minimum(np.minimum(np.exp(-n*kl), math.e*cdf[np.ceil(n*risk - 1e-9).astype(int)]), 1)
+def p_values(losses,          # (..., examples), in [0, 1]
+             bound: float,    # alpha
+             level: float = .05 # the bets are best for this level, and valid for any
+            ):                # (...)
+    "Betting p-values of the hypothesis that the expected loss is above `bound`"
+    L = np.asarray(losses, float)
+    n, i = L.shape[-1], np.arange(1, L.shape[-1] + 1)
+    mean = (.5 + L.cumsum(-1))/(i + 1)
+    variance = (.25 + ((L - mean)**2).cumsum(-1))/(i + 1)
+    before = np.concatenate([np.full_like(L[..., :1], .25), variance[..., :-1]], -1)
+    bets = np.minimum(.9/(1 - bound), np.sqrt(2*math.log(1/level)/(n*before)))  # never all of the capital
+    return np.minimum(1, np.exp(-np.log1p(-bets*(L - bound)).cumsum(-1).max(-1)))
 
 def needed(bound: float, confidence: float) -> int:
     "Examples without which no promise can be made, even if every text is the large model's"
-    return math.ceil(math.log(1 - confidence)/math.log1p(-bound))
+    n = math.ceil(math.log(1 - confidence)/math.log1p(-bound))
+    while p_values(np.zeros(n), bound, 1 - confidence) > 1 - confidence: n += 1
+    return n
 
 # %% ../nbs/21_evaluate.ipynb #77e4de59
 def safest_first(losses: dict, speeds: dict) -> list: # names
@@ -624,12 +626,12 @@ def safest_first(losses: dict, speeds: dict) -> list: # names
         if speeds[c] > fastest: order.append(c); fastest = speeds[c]
     return order
 
-def promised(order: list, loss, n: int, bound: float, confidence: float): # trials
-    "Test in `order` until one fails; `loss(c)` gives the losses of `n` fresh examples. A dictionary for each trial"
+def promised(order: list, loss, bound: float, confidence: float): # trials
+    "Test in `order` until one fails; `loss(c)` gives the losses of fresh examples. A dictionary for each trial"
     for c in order:
-        risk = float(np.mean(loss(c)))
-        p = float(p_values(risk, n, bound))
-        yield dict(policy=c, examples=n, loss=risk, p=p, chosen=p <= 1 - confidence)
+        found = loss(c)
+        p = float(p_values(found, bound, 1 - confidence))
+        yield dict(policy=c, examples=len(found), loss=float(np.mean(found)), p=p, chosen=p <= 1 - confidence)
         if p > 1 - confidence: return
 
 # %% ../nbs/21_evaluate.ipynb #26355b5c
@@ -683,7 +685,7 @@ def promise(goal: Goal, generate, candidates: list, times: dict, n: int, held: i
     base = generate('large', near)
     speeds = {c: predicted_gain(base, generate(c, near), times) for c in candidates}
     order = safest_first({c: float(np.mean(losses(c, near))) for c in candidates}, speeds)
-    for t in promised(order, lambda c: losses(c, range(n, n + held)), held, goal.max_loss, goal.confidence): yield dict(t, predicted=speeds[t['policy']])
+    for t in promised(order, lambda c: losses(c, range(n, n + held)), goal.max_loss, goal.confidence): yield dict(t, predicted=speeds[t['policy']])
 
 # %% ../nbs/21_evaluate.ipynb #efa9d85c
 def tune(task: Task, pair, rows: Rows, out: Path, goal: Goal,

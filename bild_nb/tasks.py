@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IWSLT2017', 'WMT2014', 'XSUM', 'CNNDM', 'HELP_DE_EN', 'TASKS', 'Task', 'check_task', 'read_toml', 'task_from_toml',
-           'find_task', 'published', 'pair_name', 'alone', 'published_rows', 'pairs', 'attempts', 'open_data', 'saved',
-           'column', 'check_columns', 'Rows', 'load_rows', 'checkpoints', 'open_pair', 'blank', 'load_tokenizer',
-           'decode', 'cut_reference', 'miniature', 'random_pair', 'rehearse', 'offline', 'listing']
+           'find_task', 'published', 'pair_name', 'alone', 'published_rows', 'pairs', 'attempts', 'offline',
+           'open_data', 'saved', 'column', 'check_columns', 'Rows', 'load_rows', 'checkpoints', 'open_pair', 'blank',
+           'load_tokenizer', 'decode', 'cut_reference', 'miniature', 'random_pair', 'rehearse', 'listing']
 
 # %% ../nbs/20_tasks.ipynb #acb17853
 import difflib, hashlib, json, re, sys
@@ -183,7 +183,8 @@ def published_rows(task: Task) -> list: # dictionaries `small`, `policy`, `paper
     for r in (r for r in all['seed']['readme_reproduction']['rows'] if r['dataset'] == name):
         paper = next(t for t in all['table1']['rows'] if t['dataset'] == name and t['variant'] == r['variant'] and pair_name(t.get('thresholds', r)) == pair_name(r) and 'thresholds' in t)
         counted = [x for x in all['seed']['runs'] if x['dataset'] == name and x['gpu'] == 'T4' and x['group'] == r['variant'] and pair_name(x) == pair_name(r)]
-        rows.append(dict(small=r['variant'], policy=pair_name(r), paper=_pick(paper, 'score', 'speedup'), reproduction={**(_score(counted[0]) if counted else {}), **r['reproduction']}))
+        shares = next((x for x in all['table4']['rows'] if x['dataset'] == name and x['method'] == 'bild' and (x['score'], x['speedup']) == (paper['score'], paper['speedup'])), {})
+        rows.append(dict(small=r['variant'], policy=pair_name(r), paper={**_pick(paper, 'score', 'speedup'), **_pick(shares, 'fallback_pct', 'rollback_pct')}, reproduction={**(_score(counted[0]) if counted else {}), **r['reproduction']}))
     own = all['seed']['readme_self_trained']
     rows += [dict(small='aligned-repro', policy=pair_name(own['thresholds']), paper={}, reproduction=_pick(r, 'score', 'speedup', 'fallback_pct', 'rollback_pct'))
              for r in own['rows'] if r['dataset'] == name and r['variant'] == 'aligned']
@@ -213,6 +214,16 @@ def attempts(where: str, config: str | None) -> list:
     branch = dict(path=where, revision='refs/convert/parquet')
     return [('the repository', dict(path=where, name=config)), *((f'refs/convert/parquet, {d}', dict(branch, data_dir=d)) for d in dict.fromkeys((config, 'default')) if d)]
 
+# %% ../nbs/20_tasks.ipynb #6dbb5a7f
+def offline(name: str, kind: str = 'model') -> bool:
+    "Whether a model or data set is here: a folder, the package's, or in the hub's cache"
+    if name == 'shipped' or Path(name).exists(): return True
+    from huggingface_hub import constants
+    cached = Path(constants.HF_HUB_CACHE)/f'{kind}s--{name.replace("/", "--")}'/'snapshots'
+    if kind == 'model': return any(cached.glob('*/config.json'))
+    from datasets import config
+    return any(cached.glob('*')) or (Path(config.HF_DATASETS_CACHE)/name.replace('/', '___')).is_dir()
+
 # %% ../nbs/20_tasks.ipynb #56210328
 def open_data(task: Task, data: str | None = None): # a `datasets.Dataset`, and what it was loaded from
     "The split of `task`, from the hub or from `data`; a `ValueError` says what was looked for"
@@ -222,14 +233,14 @@ def open_data(task: Task, data: str | None = None): # a `datasets.Dataset`, and 
         from bild_nb.corpus import help_de_en
         return help_de_en(task.split), f'the package, {task.split}'
     if (Path(where)/'dataset_dict.json').exists() or (Path(where)/'state.json').exists(): return saved(task, where)
-    local, errors = Path(where).exists(), []
-    for name, arguments in attempts(where, task.config):
+    local, errors, steps = Path(where).exists(), [], attempts(where, task.config)
+    for name, arguments in steps if local or offline(where, 'dataset') or online() else []:
         try: return load_dataset(**{'split': task.split, **arguments}), f'{where}, {name}, {task.split}'
         except Exception as e: errors.append(f'{name}: {" ".join(str(e).split())[:160] or type(e).__name__}')
     expected = f'with a split {task.split!r} and the columns {task.source} and {task.target}'
     if local: raise ValueError(f'{where} cannot be read as a data set {expected} ({"; ".join(errors)})')
     raise ValueError(f'{where} could not be loaded from the hub (no network, or no such set). Download it where there is a network '
-                     f'(hf download --repo-type dataset {where}) and name its folder with --data: parquet, jsonl or csv {expected} ({errors[0]})')
+                     f'(hf download --repo-type dataset {where}) and name its folder with --data: parquet, jsonl or csv {expected}' + (f' ({"; ".join(errors)})' if errors else ''))
 
 def saved(task: Task, where: str):
     "A data set that `save_to_disk` wrote"
@@ -389,15 +400,6 @@ def rehearse(task: Task, folder: Path, n: int = 12) -> dict: # `data`, `large` a
     return {k: str(folder/k) for k in ('data', 'large', 'small')}
 
 # %% ../nbs/20_tasks.ipynb #89454928
-def offline(name: str, kind: str = 'model') -> bool:
-    "Whether a model or data set is here: a folder, the package's, or in the hub's cache"
-    if name == 'shipped' or Path(name).exists(): return True
-    from huggingface_hub import constants
-    cached = Path(constants.HF_HUB_CACHE)/f'{kind}s--{name.replace("/", "--")}'/'snapshots'
-    if kind == 'model': return any(cached.glob('*/config.json'))
-    from datasets import config
-    return any(cached.glob('*')) or (Path(config.HF_DATASETS_CACHE)/name.replace('/', '___')).is_dir()
-
 def listing(tasks=None) -> list: # dictionaries
     "Every task with its data sets and checkpoints, and whether each is here"
     rows = []
