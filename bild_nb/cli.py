@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['CAREFUL', 'FAST', 'COLUMNS', 'COLOURS', 'STYLE', 'app', 'PairDir', 'Large', 'Small', 'Threads', 'Backend', 'Json',
-           'Debug', 'STYLES', 'LEGEND', 'sample', 'measure', 'records', 'system_row', 'cells', 'hardware', 'footnotes',
-           'table', 'plot', 'rows_html', 'example_html', 'page', 'console', 'note', 'reason', 'guarded', 'about',
-           'open_pair', 'read_policy', 'demo_systems', 'demo_page', 'run_demo', 'demo', 'writers', 'styled',
-           'trace_text', 'read_lines', 'read_input', 'encode', 'translations', 'as_record', 'translate', 'print_trace',
-           'bench', 'installed', 'findings', 'doctor', 'main']
+           'Debug', 'STYLES', 'LEGEND', 'TaskName', 'Out', 'TaskLarge', 'TaskSmall', 'Data', 'Split', 'Limit', 'Kind',
+           'Policies', 'Repeats', 'Splitter', 'Order', 'Device', 'Dtype', 'sample', 'measure', 'records', 'system_row',
+           'cells', 'hardware', 'footnotes', 'table', 'plot', 'rows_html', 'example_html', 'page', 'console', 'note',
+           'reason', 'guarded', 'about', 'open_pair', 'read_policy', 'demo_systems', 'demo_page', 'run_demo', 'demo',
+           'writers', 'styled', 'trace_text', 'read_lines', 'read_input', 'encode', 'translations', 'as_record',
+           'translate', 'print_trace', 'bench', 'tasks', 'wrong_use', 'read_policies', 'Setup', 'print_runs', 'eval_',
+           'sweep', 'tune', 'tuned_text', 'code_of', 'report', 'summarize', 'installed', 'findings', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #086f24ea
 import html, io, json, logging, os, platform, random, sys, warnings
@@ -408,6 +410,203 @@ def bench(large: Annotated[str, typer.Option(metavar='SHAPE|L', help='t5-large, 
         run = measure(large, small, out, trace, n=examples, new=max_new_tokens, repeats=repeats)
         if out: bench_picture(run, out/'passes.png')
         typer.echo(json.dumps(run) if as_json else bench_table(run))
+
+# %% ../nbs/90_cli.ipynb #a50b8adf
+@app.command(epilog='Example: bild tasks --json')
+def tasks(as_json: Json = False, debug: Debug = False):
+    "List the tasks with their data sets and checkpoints, and what of it is on this machine."
+    with guarded(debug):
+        from bild_nb.tasks import listing
+        rows = listing()
+        if as_json: return typer.echo(json.dumps(rows))
+        for r in rows:
+            typer.echo(f'{r["task"]}: {r["about"]}; {r["split"]}, {r["metric"]}')
+            for part, p in r['parts'].items(): typer.echo(f'  {part:22}{p["name"] if not Path(p["name"]).is_absolute() else "shipped"}{"  (here)" if p["offline"] else ""}')
+            for kind, names in r['policies'].items(): typer.echo(f'  {"policies, " + kind:22}{" and ".join(names)}')
+
+# %% ../nbs/90_cli.ipynb #53fac73a
+@contextmanager
+def wrong_use(hint: str):
+    "A `ValueError` is wrong use of an option"
+    try: yield
+    except ValueError as e: raise typer.BadParameter(str(e), param_hint=hint) from e
+
+def read_policies(given: list, task, kind: str) -> list:
+    "The policies that `--policy` names; `published` (also `official:published` and `paper:published`) is the pair of pairs of a row"
+    from bild_nb.tasks import pairs
+    texts = []
+    for text in given or (['published'] if task.published else list(task.policies) or ['0.6,2']):
+        rule, _, rest = text.rpartition(':')
+        with wrong_use('--policy'): texts += [f'{rule}:{p}' if rule else p for p in pairs(task, 'unaligned' if kind == 'other' else kind)] if rest == 'published' else [text]
+    return [read_policy(t) for t in texts]
+
+# %% ../nbs/90_cli.ipynb #96739cf2
+class Setup:
+    "What `eval`, `sweep` and `tune` have in common: the task, the rows, the pair"
+    def __init__(self, task: str, out: Path, large, small, data, split, limit, kind, tune=False, **protocol):
+        from dataclasses import replace
+        from bild_nb.evaluate import METRICS, Protocol, read_info
+        from bild_nb.models import find_model
+        from bild_nb.tasks import checkpoints, find_task
+        with wrong_use('TASK'): self.task = find_task(task)
+        if split: self.task = replace(self.task, split=split)
+        if tune and not split and self.task.name == 'help-de-en': self.task = replace(self.task, split='validation')
+        with wrong_use('--order'): self.protocol = Protocol(**protocol)
+        with wrong_use('--small'): *self.names, inferred = checkpoints(self.task, large, small)
+        self.kind, self.data, self.limit, self.out = kind or inferred, data, limit, out
+        METRICS[self.task.metric](self.protocol.splitter)
+        if (out/'run.json').exists(): read_info(out)
+        for name, which in zip(self.names, ('large', 'small')): find_model(name, which)
+
+    def load(self, device, threads, dtype, backend):
+        "Read the data, load the models"
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+        from bild_nb.tasks import load_rows, open_pair as open_task_pair
+        for name, value, legal in (('--dtype', dtype, ('fp32', 'bf16', 'fp16', 'int8')), ('--backend', backend, ('auto', 'plain', 'engine'))):
+            if value not in legal: raise typer.BadParameter(f'{value!r}: choose from {", ".join(legal)}', param_hint=name)
+        if threads: torch.set_num_threads(threads)
+        disable_progress_bar(); logging.getLogger('huggingface_hub').setLevel(logging.ERROR)
+        self.rows = load_rows(self.task, self.data, self.limit)
+        if self.rows.left_out: note(f'{len(self.rows.left_out)} examples have an empty source or reference and are left out, the first is {self.rows.left_out[0]}')
+        if device is None and torch.cuda.is_available(): device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        self.pair, _ = open_task_pair(self.task, *self.names, device=device, dtype=dtype, backend=backend)
+
+# %% ../nbs/90_cli.ipynb #54b48e83
+TaskName = Annotated[str, typer.Argument(metavar='TASK', help='iwslt2017, wmt2014, xsum, cnndm, help-de-en, or a .toml file')]
+Out = Annotated[Path, typer.Option('--out', metavar='RUN', help='the run folder; one that was left goes on')]
+TaskLarge = Annotated[str | None, typer.Option('--large', metavar='L', help='a local folder or a hub id', show_default="the task's")]
+TaskSmall = Annotated[str | None, typer.Option('--small', metavar='S', help='unaligned, aligned, aligned-repro, a local folder or a hub id', show_default='unaligned')]
+Data = Annotated[str | None, typer.Option('--data', metavar='D', help='a local folder or file instead of the hub')]
+Split = Annotated[str | None, typer.Option('--split', metavar='S', help="another split than the task's")]
+Limit = Annotated[int | None, typer.Option('--limit', min=1, metavar='N', help='the first N examples only')]
+Kind = Annotated[str | None, typer.Option('--kind', metavar='K', help='which row of the tables a local small model belongs to: unaligned, aligned or aligned-repro')]
+Policies = Annotated[list[str] | None, typer.Option('--policy', metavar='FB,RB', help='thresholds, or published; may be given again', show_default='published, where there are')]
+Repeats = Annotated[int, typer.Option('--repeats', min=1, metavar='R', help='times each example is timed')]
+Splitter = Annotated[str, typer.Option('--splitter', metavar='P', help='of sentences for rougeLsum: punkt (NLTK) or regex')]
+Order = Annotated[str, typer.Option('--order', metavar='O', help='of the examples: original, or length (longest first)')]
+Device = Annotated[str | None, typer.Option('--device', metavar='DEV', help='cpu, cuda, cuda:1', show_default='a GPU where there is one')]
+Dtype = Annotated[str, typer.Option('--dtype', metavar='T', help='fp32, bf16, fp16 or int8')]
+
+def print_runs(folders: list, as_json: bool):
+    "The table of some run folders"
+    from bild_nb.report import benchmark_table, load, markdown, shares_table, task_name
+    report = load(folders)
+    if as_json: return typer.echo(json.dumps(dict(rows=[r for rows in report.rows for r in rows], out=str(folders[0]))))
+    name = task_name(report.runs[0])
+    typer.echo('\n\n'.join(markdown(t) for t in (benchmark_table(report, name), shares_table(report, name))))
+
+# %% ../nbs/90_cli.ipynb #cbb3eea0
+@app.command('eval', epilog='Example: bild eval xsum --small aligned --policy published --out runs/xsum-aligned')
+def eval_(task: TaskName, out: Out, large: TaskLarge = None, small: TaskSmall = None, data: Data = None, split: Split = None, policy: Policies = None, limit: Limit = None,
+          no_timing: Annotated[bool, typer.Option('--no-timing', help='quality only: every policy once, the models alone in batches')] = False,
+          repeats: Repeats = 3, order: Order = 'original', splitter: Splitter = 'punkt', kind: Kind = None, batch: Annotated[int, typer.Option(min=1, metavar='B', help='of the models alone, with --no-timing')] = 16,
+          device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto', as_json: Json = False, debug: Debug = False):
+    "Run a task: large, small and BiLD, interleaved and timed; scores, speed-ups and their intervals. A run that was interrupted goes on."
+    with guarded(debug):
+        setup = Setup(task, out, large, small, data, split, limit, kind, timing=not no_timing, repeats=repeats, order=order, batch=batch, predict=not no_timing, splitter=splitter)
+        policies = read_policies(policy, setup.task, setup.kind)
+        setup.load(device, threads, dtype, backend)
+        from bild_nb.evaluate import evaluate
+        if evaluate(setup.task, setup.pair, setup.rows, policies, out, setup.protocol, setup.kind, setup.names): print_runs([out], as_json)
+
+# %% ../nbs/90_cli.ipynb #cad895b7
+@app.command(epilog='Example: bild sweep help-de-en --split validation --limit 300 --out runs/sweep')
+def sweep(task: TaskName, out: Out, large: TaskLarge = None, small: TaskSmall = None, data: Data = None, split: Split = None, policy: Policies = None, limit: Limit = None,
+          confirm: Annotated[int, typer.Option(min=0, metavar='N', help='points of the curve to time')] = 3, curve: Annotated[Path | None, typer.Option(metavar='F', help='write the curve as SVG')] = None,
+          repeats: Repeats = 3, order: Order = 'original', splitter: Splitter = 'punkt', kind: Kind = None, device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto',
+          as_json: Json = False, debug: Debug = False):
+    "Quality against speed over thresholds (figure 4): scores and counts of a grid, predicted speeds, some points timed."
+    with guarded(debug):
+        setup = Setup(task, out, large, small, data, split, limit, kind, repeats=repeats, order=order, splitter=splitter)
+        policies = read_policies(policy, setup.task, setup.kind) if policy else None
+        setup.load(device, threads, dtype, backend)
+        from bild_nb.evaluate import sweep as run_sweep
+        from bild_nb.report import curve as picture, load
+        if not run_sweep(setup.task, setup.pair, setup.rows, out, policies, confirm, setup.protocol, setup.kind, setup.names): return
+        if curve: curve.write_text(picture(load([out]), [setup.task.name]), encoding='utf-8')
+        print_runs([out], as_json)
+
+# %% ../nbs/90_cli.ipynb #c6f661ed
+@app.command(epilog='Example: bild tune help-de-en --max-drop 0.5 --out runs/tuned')
+def tune(task: TaskName, out: Out, max_drop: Annotated[float | None, typer.Option(metavar='X', help='points of the score that may be lost')] = None,
+         max_loss: Annotated[float | None, typer.Option(metavar='A', help='a bound on the mean of 1 - chrF against the large model, to be promised')] = None,
+         confidence: Annotated[float, typer.Option(metavar='C', help='of the promise')] = .95,
+         large: TaskLarge = None, small: TaskSmall = None, data: Data = None, split: Split = None, policy: Policies = None,
+         limit: Annotated[int, typer.Option(min=2, metavar='N', help='examples to search on')] = 200, held_out: Annotated[int, typer.Option(min=2, metavar='N', help='examples to confirm on')] = 200,
+         repeats: Repeats = 3, splitter: Splitter = 'punkt', kind: Kind = None, device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto',
+         as_json: Json = False, debug: Debug = False):
+    "Find the fastest thresholds that lose at most --max-drop points, or of which --max-loss can be promised; on the validation split."
+    with guarded(debug):
+        from bild_nb.evaluate import Goal, tune as run_tune
+        with wrong_use('--max-drop'): goal = Goal(max_drop, max_loss, confidence)
+        setup = Setup(task, out, large, small, data, split, None, kind, tune=True, repeats=repeats, splitter=splitter)
+        policies = [p.name for p in read_policies(policy, setup.task, setup.kind)] if policy else None
+        setup.load(device, threads, dtype, backend)
+        found = run_tune(setup.task, setup.pair, setup.rows, out, goal, policies, limit, held_out, setup.protocol, setup.kind, setup.names)
+        typer.echo(json.dumps(found) if as_json else tuned_text(found))
+        if not found['policy']: raise typer.Exit(1)
+
+# %% ../nbs/90_cli.ipynb #abf7ba1b
+def tuned_text(found: dict) -> str:
+    "What `bild tune` prints"
+    from bild_nb.report import ranged
+    goal, trials = found['goal'], found['trials']
+    used = f'{found["generated"]} generations instead of {found["full"]}; {len(trials)} of the candidates were tried.'
+    what = f'at most {goal["max_drop"]:g} points lost' if goal['max_loss'] is None else f'an expected loss of at most {goal["max_loss"]:g} with confidence {goal["confidence"]:g}'
+    if not found['policy']: return f'No thresholds with {what} are faster than the large model. {used}'
+    c = found['confirmed']
+    lines = [f'--policy {found["policy"]}    {code_of(found["policy"])}', f'On {c["examples"]} held-out examples: {ranged(c["speedup"], c["speedup_interval"], "×")} as fast as the large model, '
+             f'score {ranged(c["score"], c["score_interval"])}, difference {ranged(c["difference"], c["difference_interval"], sign="+")} (95 % intervals).']
+    if goal['max_loss'] is None and -c['difference'] > goal['max_drop']: lines.append(f'Not confirmed: more than {goal["max_drop"]:g} points are lost on the held-out examples. Search on more (--limit).')
+    if goal['max_loss'] is not None:
+        t = next(t for t in reversed(trials) if t['chosen'])
+        lines.append(f'Promised with confidence {goal["confidence"]:g}: on examples like these, 1 - chrF against the large model is below {goal["max_loss"]:g} on average (here {t["loss"]:.4f}, p = {t["p"]:.3g}).')
+    return '\n'.join([*lines, used])
+
+def code_of(policy: str) -> str:
+    "A policy as Python"
+    kind, _, numbers = policy.rpartition(':')
+    return f'Policy.{kind or "bild"}({numbers.replace(",", ", ")})'
+
+# %% ../nbs/90_cli.ipynb #e0d93003
+@app.command(epilog='Example: bild report runs/xsum runs/xsum-aligned --format html --out results.html')
+def report(runs: Annotated[list[Path], typer.Argument(metavar='RUN...', help='run folders')],
+           form: Annotated[str, typer.Option('--format', metavar='F', help='md, html (with curves) or latex')] = 'md',
+           out: Annotated[Path | None, typer.Option(metavar='F', help='file to write', show_default='stdout')] = None, as_json: Json = False, debug: Debug = False):
+    "Tables of run folders: paper, reproduction and ours."
+    with guarded(debug):
+        from bild_nb.report import load, render
+        if form not in ('md', 'html', 'latex'): raise typer.BadParameter(f'{form!r}: choose md, html or latex', param_hint='--format')
+        if as_json: return print_runs(runs, True)
+        text = render(load(runs), form)
+        if out: out.write_text(text + '\n', encoding='utf-8')
+        else: typer.echo(text)
+
+# %% ../nbs/90_cli.ipynb #c7d85118
+@app.command(epilog='Example: bild summarize --file article.txt --task cnndm --small aligned')
+def summarize(text: Annotated[str | None, typer.Argument(metavar='[TEXT|-]', help='a text, or - for stdin', show_default=False)] = None,
+              file: Annotated[Path | None, typer.Option(metavar='F', help='a UTF-8 file')] = None,
+              task: Annotated[str, typer.Option(metavar='TASK', help='cnndm (highlights), xsum (one sentence) or a .toml file')] = 'cnndm',
+              large: TaskLarge = None, small: TaskSmall = None, policy: Annotated[str | None, typer.Option(metavar='FB,RB', help='thresholds', show_default='the careful published ones')] = None,
+              show_trace: Annotated[bool, typer.Option('--show-trace', help='show which model wrote what')] = False,
+              device: Device = None, threads: Threads = None, dtype: Dtype = 'fp32', backend: Backend = 'auto', as_json: Json = False, debug: Debug = False):
+    "Summarize a text with a summarization pair."
+    with guarded(debug):
+        article = ' '.join(line.strip() for chunk in read_input(text, file) for _, line in chunk).strip()
+        if not article: raise ValueError('the text is empty: give one, --file F, or - for stdin')
+        from bild_nb.decode import BigLittleDecoder
+        from bild_nb.tasks import checkpoints, decode, find_task, open_pair as open_task_pair
+        with wrong_use('--task'): chosen = find_task(task)
+        with wrong_use('--small'): *names, kind = checkpoints(chosen, large, small)
+        rule = read_policies([policy] if policy else [], chosen, kind)[0]
+        if threads: import torch; torch.set_num_threads(threads)
+        pair, _ = open_task_pair(chosen, *names, device=device, dtype=dtype, backend=backend)
+        ids = pair.encode([chosen.prefix + article], chosen.max_source, ['the text'])[0]
+        out = BigLittleDecoder(pair.large, pair.small, rule).generate(ids, max_new_tokens=chosen.max_target)
+        summary = decode(pair.tokenizer, out.sequences[0], published=True)
+        typer.echo(as_record(article, summary, out.trace[0]).replace('"translation"', '"summary"', 1) if as_json else summary)
+        if show_trace: print_trace(out.trace[0], pair.tokenizer)
 
 # %% ../nbs/90_cli.ipynb #8d1cd17a
 def installed(name: str) -> str:

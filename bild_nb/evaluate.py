@@ -412,7 +412,7 @@ def evaluate(task: Task, pair, rows: Rows, policies: list, # policies or their t
     run = Run(out, identity(task, pair, rows, list(todo), protocol, kind, names, world) if rank == 0 else {}, list(todo), rank, world)
     try:
         ids = sources(task, pair, rows, run)
-        if rank == 0 and protocol.predict and 'pass_times' not in run.info: run.note(pass_times=typical(pair, ids, protocol, task.max_target), origin=rows.origin, left_out=rows.left_out)
+        if rank == 0 and 'origin' not in run.info: run.note(origin=rows.origin, left_out=rows.left_out, **({'pass_times': typical(pair, ids, protocol, task.max_target)} if protocol.predict else {}))
         wait(); run.open()
         work(run, task, pair, rows, ids, todo, protocol, metric)
         run.file.close(); wait(); run.finish([r['id'] for r in rows])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEX', 'NAMES', 'BENCHMARKS', 'LINES', 'COLOURS', 'STYLE', 'Table', 'markdown', 'as_html', 'latex', 'Report', 'load',
-           'task_name', 'number', 'times', 'ranged', 'system', 'ours', 'lines', 'our_cells', 'benchmark_table',
+           'task_name', 'number', 'times', 'ranged', 'short', 'system', 'ours', 'lines', 'our_cells', 'benchmark_table',
            'score_name', 'notes', 'run_notes', 'raw_scores', 'shares_table', 'table1', 'grand_cells', 'paper_curve',
            'draw', 'point', 'curve', 'tables', 'render']
 
@@ -71,9 +71,10 @@ def load(folders: list) -> Report: # paths
 def task_name(r: Results) -> str: return r.info['settings']['task']['name']
 
 # %% ../nbs/22_report.ipynb #cee412a8
-def number(x, digits: int = 2) -> str: return '' if x is None else f'{x:.{digits}f}'
+def number(x, digits: int = 2, sign: str = '') -> str: return '' if x is None else f'{round(x, digits) + 0.:{sign}.{digits}f}'  # + 0.: no minus zero
 def times(x) -> str: return '' if x is None else f'{x:.2f}×'
-def ranged(x, low, high, digits: int = 2, unit: str = '') -> str: return f'{x:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]'
+def ranged(x, bounds, unit: str = '', sign: str = '') -> str: return f'{number(x, sign=sign)}{unit} [{number(bounds[0], sign=sign)}, {number(bounds[1], sign=sign)}]'
+def short(name: str) -> str: return '/'.join(Path(name).parts[-2:])  # of a folder its last two names
 
 NAMES = {'unaligned': 'BiLD, unaligned', 'aligned': 'BiLD, aligned', 'aligned-repro': "BiLD, the reproduction's aligned", 'other': 'BiLD'}
 
@@ -101,8 +102,8 @@ def our_cells(row: dict | None, timed: bool, predicted: bool) -> list:
     "Score, difference, speed-up, predicted speed-up; not run"
     n = 2 + timed + predicted
     if row is None: return ['not run'] + ['']*(n - 1)
-    cells = [ranged(row['score'], *row['score_interval']), ranged(row['difference'], *row['difference_interval']) if row['policy'] != 'large' else '']
-    if timed: cells.append(ranged(row['speedup'], *row['speedup_interval'], unit='×') if 'speedup' in row else 'not timed')
+    cells = [ranged(row['score'], row['score_interval']), ranged(row['difference'], row['difference_interval'], sign='+') if row['policy'] != 'large' else '']
+    if timed: cells.append(ranged(row['speedup'], row['speedup_interval'], '×') if 'speedup' in row else 'not timed')
     return cells + ([times(row.get('predicted'))] if predicted else [])
 
 def benchmark_table(report: Report, task: str) -> Table:
@@ -128,12 +129,13 @@ def notes(report: Report, task: str) -> list:
     out = ['Intervals: 95 %, bootstrap over examples; differences are paired.']
     for r, rows in zip(report.runs, report.rows):
         if task_name(r) == task: out += run_notes(r, rows)
+    if task in TASKS and TASKS[task].published and TASKS[task].metric == 'rouge': out.append('What the paper calls ROUGE-L is rougeLsum: the vanilla scores agree on CNN/DailyMail to 0.01 (rougeL is 10 points lower) and on XSUM (where the reproduction gives its BiLD rows in rougeL, 0.02 higher).')
     return list(dict.fromkeys(out))
 
 def run_notes(r: Results, rows: list) -> list:
     "The notes of one run"
     s, p = r.info['settings'], r.info['settings']['protocol']
-    out = [f'{r.n} examples of {r.info.get("origin", s["task"]["data"])}; large {s["large"]["name"] or "given"} ({s["large"]["dtype"]}, {s["large"]["backend"]}), small {s["small"]["name"] or "given"} ({s["kind"]}).']
+    out = [f'{r.n} examples of {short(r.info.get("origin", s["task"]["data"]))}; large {short(s["large"]["name"]) or "given"} ({s["large"]["dtype"]}, {s["large"]["backend"]}), small {short(s["small"]["name"]) or "given"} ({s["kind"]}).']
     if p['timing']:
         h = r.info['hardware']
         out.append(f'Timed {p["repeats"]} times, interleaved, batch 1, after a warm-up; medians; order {p["order"]}; {h["gpu"] or h["cpu"]}, {h["threads"]} threads, {h["processes"]} process(es), torch {r.info["versions"]["torch"]}, transformers {r.info["versions"]["transformers"]}.')
@@ -180,7 +182,7 @@ def table1(report: Report) -> Table:
 
 def grand_cells(row: dict | None) -> list:
     if row is None: return ['not run', '']
-    return [ranged(row['score'], *row['score_interval']), ranged(row['speedup'], *row['speedup_interval'], unit='×') if 'speedup' in row else 'not timed']
+    return [ranged(row['score'], row['score_interval']), ranged(row['speedup'], row['speedup_interval'], '×') if 'speedup' in row else 'not timed']
 
 # %% ../nbs/22_report.ipynb #6f970c8f
 COLOURS = {'large': '#e0701a', 'small': '#2f7fd1', 'unaligned': '#2ca05a', 'aligned': '#8e44ad', 'aligned-repro': '#b8860b', 'other': '#2ca05a'}
@@ -189,11 +191,12 @@ def paper_curve(task: str) -> dict: # by kind, lists of (speed-up, score)
     "Figure 4 of the paper for a benchmark"
     name = TASKS[task].published if task in TASKS else ''
     panel = next((p for p in published()['figure4']['panels'] if p['dataset'] == name), None)
-    return {k: [(x['speedup'], x['score']) for x in points] for k, points in panel['series'].items()} if panel else {}
+    return {k: [(x['speedup'], x['score']) for x in points] for k, points in panel['series'].items()} | {'large': [(1., panel['vanilla']['score'])]} if panel else {}
 
 def draw(ax, report: Report, task: str):
     "Draw a task's curve into matplotlib axes"
     for kind, points in paper_curve(task).items():
+        if kind == 'large': ax.plot(*points[0], 's', mfc='none', ms=6, color=COLOURS['large'], label='paper, large'); continue
         ax.plot(*zip(*sorted(points)), 'o--', mfc='none', lw=.8, ms=5, color=COLOURS[kind], label=f'paper, {kind}')
     found = ours(report, task)
     if ('', 'large') in found: ax.axhline(found['', 'large']['score'], ls=':', color='#888888', lw=1)

@@ -296,12 +296,12 @@ def load_rows(task: Task, data: str | None = None, limit: int | None = None) -> 
 
 # %% ../nbs/20_tasks.ipynb #fe09ef60
 def checkpoints(task: Task, large: str | None = None, small: str | None = None) -> tuple: # large, small, kind of the small one
-    "The names of the models that are asked for"
+    "The names of the models that are asked for; a folder called as a checkpoint of the task is of its kind"
     kind = small or 'unaligned'
     if kind in ('unaligned', 'aligned', 'aligned-repro'):
         if kind not in task.small: raise ValueError(f'task {task.name!r} has no {kind} small model; ' + (f'it has {", ".join(task.small)}' if task.small else 'name one with --small'))
         small = task.small[kind]
-    else: kind = next((k for k, v in task.small.items() if v == small), 'other')
+    else: kind = next((k for k, v in task.small.items() if v == small or Path(v).name == Path(small).name), 'other')
     if not (large or task.large): raise ValueError(f'task {task.name!r} names no large model: give --large')
     return large or task.large, small, kind
 
