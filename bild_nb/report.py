@@ -6,14 +6,14 @@
 __all__ = ['TEX', 'NAMES', 'BENCHMARKS', 'LINES', 'COLOURS', 'STYLE', 'Table', 'markdown', 'as_html', 'latex', 'Report', 'load',
            'task_name', 'number', 'times', 'ranged', 'short', 'system', 'ours', 'lines', 'our_cells', 'benchmark_table',
            'score_name', 'notes', 'run_notes', 'raw_scores', 'shares_table', 'table1', 'grand_cells', 'paper_curve',
-           'draw', 'point', 'curve', 'tables', 'render']
+           'draw', 'point', 'curve', 'commands', 'kept_runs', 'examples_html', 'tables', 'render']
 
 # %% ../nbs/22_report.ipynb #79ecc249
 import html, io, json, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from .evaluate import METRICS, Results, read_run, result_rows
-from .tasks import TASKS, Task, published, published_rows
+from .tasks import TASKS, Task, pairs, published, published_rows
 
 # %% ../nbs/22_report.ipynb #36c7b98a
 @dataclass
@@ -86,8 +86,8 @@ def system(kind: str, policy: str) -> str:
 def ours(report: Report, task: str) -> dict: # result rows by (kind, policy)
     "What was run for a task; the first run that has a row is the one shown, a timed one before an untimed"
     found = {}
-    pairs = sorted(((r, rows) for r, rows in zip(report.runs, report.rows) if task_name(r) == task), key=lambda x: not x[0].info['settings']['protocol']['timing'])
-    for r, rows in pairs:
+    runs = sorted(((r, rows) for r, rows in zip(report.runs, report.rows) if task_name(r) == task), key=lambda x: not x[0].info['settings']['protocol']['timing'])
+    for r, rows in runs:
         for row in rows: found.setdefault(('' if row['policy'] == 'large' else row['kind'], row['policy']), row)
     return found
 
@@ -229,6 +229,30 @@ def curve(report: Report, tasks: list) -> str: # an SVG element
         out = io.StringIO(); fig.savefig(out, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
     text = out.getvalue()
     return text[text.index('<svg'):].replace(ink, 'currentColor')
+
+# %% ../nbs/22_report.ipynb #bf1fd621
+def commands(tasks: list) -> Table: # names of benchmarks
+    "The command for each row of the published tables"
+    rows = []
+    for name in tasks:
+        for kind, small in TASKS[name].small.items():
+            rows.append([f'{name}, {kind}', ' and '.join(pairs(TASKS[name], kind)), f'bild eval {name} --small {kind} --policy published --out runs/{name}-{kind}'])
+    return Table('Commands', ['row', 'policies', 'command'], rows, ['On several GPUs: accelerate launch -m bild_nb.cli eval ... (the same options).', 'Without a network: --data, --large and --small take folders.', 'Then: bild report runs/* --format html --out results.html'])
+
+def kept_runs(task: str, folder: Path) -> Report:
+    "The runs of a task that lie in `folder` under its name; none is no error"
+    return load(found) if (found := sorted(p.parent for p in Path(folder).glob(f'{task}*/run.json'))) else Report([], [])
+
+# %% ../nbs/22_report.ipynb #6eb7453b
+def examples_html(task: Task, pair, rows: list, policy, new: int = 48) -> str:
+    "Source, reference and trace of some rows"
+    from bild_nb.decode import BigLittleDecoder
+    bild, parts = BigLittleDecoder(pair.large, pair.small, policy), []
+    for r, x in zip(rows, pair.encode([r['source'] for r in rows], task.max_source)):
+        texts = {'source': r['source'], 'reference': r['reference']}
+        lines = ''.join(f'<p><b>{k}</b> {html.escape(v if len(v) < 400 else v[:400] + " …")}</p>' for k, v in texts.items())
+        parts.append(lines + bild.generate(x, max_new_tokens=min(new, task.max_target)).trace[0].to_html())
+    return '<hr>'.join(parts)
 
 # %% ../nbs/22_report.ipynb #524dc432
 STYLE = '''<style>
