@@ -5,7 +5,8 @@ __version__ = "0.1.0"
 
 _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy"],
             "models": ["load_pair", "Decoder", "Pair"],
-            "decode": ["BigLittleDecoder"]}
+            "decode": ["BigLittleDecoder"],
+            "tasks": ["Task"]}
 _module_of = {name: module for module, names in _modules.items() for name in names}
 __all__ = list(_module_of)
 

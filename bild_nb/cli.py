@@ -604,7 +604,7 @@ def summarize(text: Annotated[str | None, typer.Argument(metavar='[TEXT|-]', hel
         pair, _ = open_task_pair(chosen, *names, device=device, dtype=dtype, backend=backend)
         ids = pair.encode([chosen.prefix + article], chosen.max_source, ['the text'])[0]
         out = BigLittleDecoder(pair.large, pair.small, rule).generate(ids, max_new_tokens=chosen.max_target)
-        summary = decode(pair.tokenizer, out.sequences[0], published=True)
+        summary = decode(pair.tokenizer, out.sequences[0], chosen.reference_tokens is not None)
         typer.echo(as_record(article, summary, out.trace[0]).replace('"translation"', '"summary"', 1) if as_json else summary)
         if show_trace: print_trace(out.trace[0], pair.tokenizer)
 

@@ -6,9 +6,9 @@
 __all__ = ['SENTENCE_END', 'METRICS', 'FORMAT', 'COUNTS', 'Bleu', 'sentence_splitter', 'Rouge', 'resample', 'interval',
            'whole_lines', 'whole_examples', 'lock', 'write_json', 'flat', 'check_same', 'Run', 'read_info', 'as_lines',
            'Protocol', 'synchronize', 'timed', 'measure', 'record', 'trace_of', 'batchable', 'alone_batched', 'untimed',
-           'fingerprint', 'describe', 'environment', 'identity', 'processes', 'progress', 'typical', 'systems',
+           'fingerprint', 'describe', 'environment', 'identity', 'processes', 'progress', 'typical', 'systems', 'odd',
            'evaluate', 'sources', 'work', 'Results', 'read_run', 'score_samples', 'predicted_ms', 'result_rows',
-           'speed', 'odd', 'grid', 'gain', 'front', 'spread', 'sweep', 'Generations', 'difference', 'predicted_gain',
+           'speed', 'grid', 'gain', 'front', 'spread', 'sweep', 'Generations', 'difference', 'predicted_gain',
            'fastest_first', 'p_values', 'needed', 'safest_first', 'promised', 'text_loss', 'halves', 'Goal', 'search',
            'promise', 'tune']
 
@@ -80,7 +80,8 @@ def resample(n: int,        # examples
              seed: int = 0
             ):              # (draws, n) how often each example came
     "The draws of a bootstrap"
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=draws).astype(np.float32)
+    g = np.random.default_rng(seed)
+    return np.stack([np.bincount(g.integers(n, size=n), minlength=n) for _ in range(draws)]).astype(np.float32)
 
 def interval(samples, level: float = .95) -> tuple: # low, high
     "The middle `level` of `samples`"
@@ -400,6 +401,15 @@ def systems(policies: list) -> dict: # `Policy` by name, both models first
     named = {p.name: p for p in (parse_policy(p) if isinstance(p, str) else p for p in policies)}
     return {'large': Policy.large(), 'small': Policy.small(), **{n: p for n, p in named.items() if n not in ('large', 'small')}}
 
+# %% ../nbs/21_evaluate.ipynb #48f74719
+def odd(records: list) -> str | None:
+    "A warning if the large model's outputs share next to no words with the references"
+    words = lambda text: set(re.findall(r'\w{3,}', text.lower()))
+    pairs = [(words(r['output']), words(r['reference'])) for r in records]
+    shared = [len(o & t)/max(len(t), 1) for o, t in pairs]
+    if len(shared) >= 8 and np.mean(shared) < .05:
+        return f'the large model writes {np.mean(shared):.1%} of the words of the references: is it trained for this task and language, and is the tokenizer its own?'
+
 # %% ../nbs/21_evaluate.ipynb #bec26eae
 def evaluate(task: Task, pair, rows: Rows, policies: list, # policies or their texts
              out: Path, protocol: Protocol = Protocol(),
@@ -435,13 +445,14 @@ def work(run: Run, task: Task, pair, rows: Rows, ids: list, todo: dict, protocol
     mine = [i for i in order if rows[i]['id'] not in run.done][run.rank::run.world]
     decoders = {n: BigLittleDecoder(pair.large, pair.small, p) for n, p in todo.items()}
     if protocol.timing: [measure(decoders, ids[i], task.max_target, 1, 0) for i in mine[:protocol.warmup]]
-    step = 1 if protocol.timing else protocol.batch
+    step, seen = 1 if protocol.timing else protocol.batch, []
     with progress(len(mine), f'{task.name}, {len(todo)} systems' + (f', process 1 of {run.world}' if run.world > 1 else ''), run.rank == 0) as bar:
         for at in range(0, len(mine), step):
             part = mine[at:at+step]
             for i, found in zip(part, [measure(decoders, ids[part[0]], task.max_target, protocol.repeats, part[0])] if protocol.timing else untimed(decoders, [ids[i] for i in part], task.max_target)):
-                run.append([record(rows[i], name, found[name], task, pair.tokenizer, metric) for name in todo])
-                bar.update()
+                lines = [record(rows[i], name, found[name], task, pair.tokenizer, metric) for name in todo]
+                run.append(lines); bar.update(); seen.append(lines[0])
+                if len(seen) == 8 and run.rank == 0 and (text := odd(seen)): warnings.warn(text)
 
 # %% ../nbs/21_evaluate.ipynb #01889c34
 @dataclass
@@ -510,19 +521,11 @@ def speed(results: Results, policy: str, W) -> dict:
         out['predicted'] = total('large')/total(policy)
     return out
 
-# %% ../nbs/21_evaluate.ipynb #48f74719
-def odd(records: list) -> str | None:
-    "A warning if the large model's outputs share next to no words with the references"
-    words = lambda text: set(re.findall(r'\w{3,}', text.lower()))
-    pairs = [(words(r['output']), words(r['reference'])) for r in records]
-    shared = [len(o & t)/max(len(t), 1) for o, t in pairs]
-    if len(shared) >= 8 and np.mean(shared) < .05:
-        return f'the large model writes {np.mean(shared):.1%} of the words of the references: is it trained for this task and language, and is the tokenizer its own?'
-
 # %% ../nbs/21_evaluate.ipynb #39631aae
 def grid(task: Task) -> list: # policies as texts
-    "The thresholds that the paper swept, for the metric of `task`"
-    fallbacks, rollbacks = ((.5, .6, .7, .8, .9), (1, 2, 3, 5, 10)) if task.metric == 'bleu' else ((.2, .3, .4, .5, .6), (2, 3, 4, 5, 6))
+    "The range of thresholds that the paper swept for a benchmark, a wider one for another task"
+    rollbacks = (1, 2, 3, 5, 10) if task.metric == 'bleu' else (2, 3, 4, 5, 6)
+    fallbacks = (.1, .3, .5, .7, .9) if not task.published else (.5, .6, .7, .8, .9) if task.metric == 'bleu' else (.2, .3, .4, .5, .6)
     return [f'{fb:g},{rb:g}' for fb in fallbacks for rb in rollbacks]
 
 def gain(row: dict) -> float:

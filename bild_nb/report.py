@@ -12,7 +12,7 @@ __all__ = ['TEX', 'NAMES', 'BENCHMARKS', 'LINES', 'COLOURS', 'STYLE', 'Table', '
 import html, io, json, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .evaluate import METRICS, Results, read_run, result_rows
+from .evaluate import METRICS, Results, odd, read_run, result_rows
 from .tasks import TASKS, Task, pairs, published, published_rows
 
 # %% ../nbs/22_report.ipynb #36c7b98a
@@ -80,15 +80,18 @@ NAMES = {'unaligned': 'BiLD, unaligned', 'aligned': 'BiLD, aligned', 'aligned-re
 
 def system(kind: str, policy: str) -> str:
     "How a row is called"
-    if policy == 'large': return 'vanilla large'
-    return f'vanilla small ({kind})' if policy == 'small' else NAMES.get(kind, kind)
+    kind, comma, backend = kind.partition(', ')
+    name = 'vanilla large' if policy == 'large' else f'vanilla small ({kind})' if policy == 'small' else NAMES.get(kind, kind)
+    return f'{name}{comma}{backend}'
 
 def ours(report: Report, task: str) -> dict: # result rows by (kind, policy)
     "What was run for a task; the first run that has a row is the one shown, a timed one before an untimed"
     found = {}
     runs = sorted(((r, rows) for r, rows in zip(report.runs, report.rows) if task_name(r) == task), key=lambda x: not x[0].info['settings']['protocol']['timing'])
     for r, rows in runs:
-        for row in rows: found.setdefault(('' if row['policy'] == 'large' else row['kind'], row['policy']), row)
+        backend = r.info['settings']['large']['backend']
+        other = '' if backend == runs[0][0].info['settings']['large']['backend'] else f', {backend}'  # the first is the table's own
+        for row in rows: found.setdefault(('' + other if row['policy'] == 'large' else row['kind'] + other, row['policy']), row)
     return found
 
 # %% ../nbs/22_report.ipynb #4b15f296
@@ -96,7 +99,7 @@ def lines(task: str, found: dict) -> list: # (kind, policy, paper, reproduction)
     "The rows of a benchmark's table: those published, then those only run"
     known = [(r['small'], r['policy'], r['paper'], r['reproduction']) for r in (published_rows(TASKS[task]) if task in TASKS else [])]
     keys = {(k, p) for k, p, *_ in known}
-    return known + [(k, p, {}, {}) for k, p in sorted(found, key=lambda x: (x[1] not in ('large', 'small'), x[0])) if (k, p) not in keys]
+    return known + [(k, p, {}, {}) for k, p in sorted(found, key=lambda x: (', ' in x[0], x[1] not in ('large', 'small'), x[0])) if (k, p) not in keys]
 
 def our_cells(row: dict | None, timed: bool, predicted: bool) -> list:
     "Score, difference, speed-up, predicted speed-up; not run"
@@ -143,6 +146,7 @@ def run_notes(r: Results, rows: list) -> list:
     if s['task']['metric'] == 'rouge' and p['splitter'] != 'punkt': out.append(f'rougeLsum: sentences split by the rule "{p["splitter"]}", not by NLTK as published.')
     if s['task']['reference_tokens']: out.append(f'Scores against references cut at {s["task"]["reference_tokens"]} tokens, as published.' + (f' Against the raw ones: {raw_scores(rows)}.' if 'scores_raw' in rows[0] else ''))
     if len(rows[0]['scores']) > 1: out.append('Other scores: ' + '; '.join(f'{x["policy"]}: ' + ', '.join(f'{k} {v:.2f}' for k, v in x['scores'].items()) for x in rows) + '.')
+    if warning := odd(r.records['large']): out.append(f'Careful: {warning}')
     if r.missing: out.append(f'Not finished: {r.missing} examples are missing.')
     if r.failed: out.append('Left out for all systems: ' + '; '.join(f'example {i} ({p}: {e})' for i, p, e in r.failed[:5]) + (f' and {len(r.failed) - 5} more' if r.failed[5:] else '') + '.')
     if r.info.get('left_out'): out.append(f'{len(r.info["left_out"])} examples have an empty source or reference and are left out.')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IWSLT2017', 'WMT2014', 'XSUM', 'CNNDM', 'HELP_DE_EN', 'TASKS', 'Task', 'check_task', 'read_toml', 'task_from_toml',
            'find_task', 'published', 'pair_name', 'alone', 'published_rows', 'pairs', 'attempts', 'offline',
-           'open_data', 'saved', 'column', 'check_columns', 'Rows', 'load_rows', 'checkpoints', 'open_pair', 'blank',
-           'load_tokenizer', 'decode', 'cut_reference', 'miniature', 'random_pair', 'rehearse', 'listing']
+           'open_data', 'saved', 'column', 'text_at', 'check_columns', 'Rows', 'load_rows', 'checkpoints', 'open_pair',
+           'blank', 'load_tokenizer', 'decode', 'cut_reference', 'miniature', 'random_pair', 'rehearse', 'listing']
 
 # %% ../nbs/20_tasks.ipynb #acb17853
 import difflib, hashlib, json, re, sys
@@ -257,6 +257,11 @@ def column(row: dict, path: str):
     for key in path.split('.'): row = row[key]
     return row
 
+def text_at(row: dict, path: str) -> str:
+    "The text of `row` at a column path, empty where there is none"
+    try: return str(column(row, path) or '').strip()
+    except (KeyError, TypeError): return ''
+
 def check_columns(task: Task, found):
     "Raise a `ValueError` if a column of `task` is not there, or no text"
     if not len(found): raise ValueError(f'task {task.name!r}: the split {task.split!r} is empty')
@@ -287,8 +292,7 @@ def load_rows(task: Task, data: str | None = None, limit: int | None = None) -> 
     "The examples of `task`"
     found, origin = open_data(task, data)
     check_columns(task, found)
-    text = lambda r, path: (column(r, path) or '').strip()
-    rows = [dict(id=str(column(r, task.id)) if task.id else str(i), source=text(r, task.source), reference=text(r, task.target)) for i, r in enumerate(found)]
+    rows = [dict(id=str(column(r, task.id)) if task.id else str(i), source=text_at(r, task.source), reference=text_at(r, task.target)) for i, r in enumerate(found)]
     if len({r['id'] for r in rows}) < len(rows): rows = [dict(r, id=str(i)) for i, r in enumerate(rows)]  # ids that repeat are none
     whole = [dict(r, source=task.prefix + r['source']) for r in rows if r['source'] and r['reference']]
     if not whole: raise ValueError(f'task {task.name!r}: every source or reference is empty; are {task.source} and {task.target} the right columns?')
