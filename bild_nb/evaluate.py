@@ -14,8 +14,7 @@ __all__ = ['SENTENCE_END', 'METRICS', 'FORMAT', 'COUNTS', 'Bleu', 'sentence_spli
 
 # %% ../nbs/21_evaluate.ipynb #50a658fa
 import atexit, json, math, os, re, sys, time, warnings
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import median

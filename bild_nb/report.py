@@ -9,8 +9,8 @@ __all__ = ['TEX', 'NAMES', 'BENCHMARKS', 'LINES', 'COLOURS', 'STYLE', 'Table', '
            'draw', 'point', 'curve', 'commands', 'kept_runs', 'examples_html', 'tables', 'render']
 
 # %% ../nbs/22_report.ipynb #79ecc249
-import html, io, json, re
-from dataclasses import dataclass, field, replace
+import html, io
+from dataclasses import dataclass, field
 from pathlib import Path
 from .evaluate import METRICS, Results, odd, read_run, result_rows
 from .tasks import TASKS, Task, pairs, published, published_rows
