@@ -203,7 +203,7 @@ def standings(rows: list[dict], base: str) -> dict:
     return out
 
 # %% ../nbs/07_bench.ipynb #0941f6b6
-def systems(large, small, new: int = 64, forced: bool = True, turns=None, fallback=.6, rollback=2., folder=None) -> tuple[dict, list]:
+def systems(large, small, new: int = 64, forced: bool = True, turns=None, policy=Policy.bild(.3, 5), folder=None) -> tuple[dict, list]:
     "What is compared, by name, and notes about what is missing"
     made, peers, notes, device = {}, {}, [], large.device.type
     kinds, base = KINDS[device], KINDS[device][1]
@@ -215,8 +215,8 @@ def systems(large, small, new: int = 64, forced: bool = True, turns=None, fallba
         (a,), (b,) = (list(backends(m, (kind,)).values()) for m in (large, small))
         if forced: a.eos = b.eos = set()  # a recording goes on to its end
         made[f'large, {kind}'] = loop(a, b, Policy.large(), new)
-        made[f'BiLD, {kind}'] = loop(a, b, replayed(turns or recorded()) if forced else Policy.bild(fallback, rollback), new)
-        if kind == base: made[f'lossless, {kind}'] = loop(a, b, Policy.lossless(fallback), new)
+        made[f'BiLD, {kind}'] = loop(a, b, replayed(turns or recorded()) if forced else policy, new)
+        if kind == base: made[f'lossless, {kind}'] = loop(a, b, Policy.lossless(.5), new)
     made['transformers large'], made['transformers assisted'] = hf(large, new, forced), hf(large, new, forced, small)
     return made | peers, notes
 
@@ -251,7 +251,8 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
           length: int = 32,        # their tokens, where there is no text
           new: int = 64,           # most tokens of a text
           repeats: int = 3,
-          device: str = 'cpu'      # or `cuda`: the engine with CUDA graphs in bf16
+          device: str = 'cpu',     # or `cuda`: the engine with CUDA graphs in bf16
+         policy: Policy = Policy.bild(.3, 5) # of BiLD, where the pair is real
          ) -> dict:                # what `run.json` holds
     "Measure passes and whole texts of a pair beside its peers"
     if device not in KINDS or device == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device {device!r}: the bench runs on cpu, and on cuda where torch finds a GPU')
@@ -261,10 +262,10 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
     sources = bench_sources(tokenizer, n, length, device)
     with tempfile.TemporaryDirectory() as folder, quiet():
         passes = [r for which, m in (('large', a), ('small', b)) for r in pass_rows(which, backends(m), sources[0], speed, repeats=max(repeats, 5))]
-        compared, notes = systems(a, b, new, forced, turns, folder=folder)
+        compared, notes = systems(a, b, new, forced, turns, policy, folder)
         rows = race(compared, sources, repeats)
         lost = {name: median(outside(run.decoder, sources, max_new_tokens=new)[0] for _ in range(repeats)) for name, run in compared.items() if name.startswith('BiLD')} if device == 'cpu' else {}
-    run = dict(large=large, small=small, hardware=hardware(device), bandwidth=speed, new=new, n=n, repeats=repeats, forced=forced, passes=passes,
+    run = dict(large=large, small=small, policy='recorded' if forced else str(policy), hardware=hardware(device), bandwidth=speed, new=new, n=n, repeats=repeats, forced=forced, passes=passes,
                systems=standings(rows, f'large, {KINDS[device][1]}'), outside=lost, notes=notes)
     if out: write_run(Path(out), run, rows)
     return run

@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 # %% ../nbs/90_cli.ipynb #8dc67273
-CAREFUL, FAST = '0.5,2', '0.3,2'
+CAREFUL, FAST = '0.3,3', '0.3,5'
 
 # %% ../nbs/90_cli.ipynb #e412c1b2
 def sample(n: int,           # paragraphs
@@ -405,13 +405,15 @@ def bench(large: Annotated[str, typer.Option(metavar='SHAPE|L', help='t5-large, 
           out: Annotated[Path | None, typer.Option(metavar='DIR', help='run folder to write, with a picture')] = None,
           examples: Annotated[int, typer.Option(min=1, metavar='N', help='sources')] = 8, repeats: Annotated[int, typer.Option(min=1, metavar='R', help='times each')] = 3,
           max_new_tokens: Annotated[int, typer.Option(min=2, metavar='N', help='tokens of a text')] = 64, threads: Annotated[int | None, typer.Option(min=1, metavar='N', help='CPU threads', show_default='as torch chooses')] = None,
-          device: Annotated[str, typer.Option(metavar='D', help='cpu, or cuda: bf16 and CUDA graphs')] = 'cpu', as_json: Json = False, debug: Debug = False):
+          device: Annotated[str, typer.Option(metavar='D', help='cpu, or cuda: bf16 and CUDA graphs')] = 'cpu',
+          policy: Annotated[str, typer.Option(metavar='FB,RB', help='thresholds of BiLD, where the models are real')] = FAST, as_json: Json = False, debug: Debug = False):
     "Time passes and whole texts of a pair, beside the memory's limit, transformers and CTranslate2."
+    rule = read_policy(policy)
     with guarded(debug):
         import torch
         from bild_nb.bench import bench as measure, bench_picture, bench_table
         if threads: torch.set_num_threads(threads)
-        run = measure(large, small, out, trace, n=examples, new=max_new_tokens, repeats=repeats, device=device)
+        run = measure(large, small, out, trace, n=examples, new=max_new_tokens, repeats=repeats, device=device, policy=rule)
         if out: bench_picture(run, out/'passes.png')
         typer.echo(json.dumps(run) if as_json else bench_table(run))
 

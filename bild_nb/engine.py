@@ -273,10 +273,11 @@ def _read(self, tokens, last: int, draft: Tensor | None = None) -> Scores:
     z = self.forward(tokens, last)[0]
     if z.device.type != 'cpu' or z.dtype != torch.float32: return score(z, draft)
     token = torch.from_numpy(z.numpy().argmax(-1))
-    pick = lambda tokens: z.gather(-1, tokens[:, None])[:, 0]
-    top = pick(token)
+    pick = lambda z, tokens: z.gather(-1, tokens[:, None])[:, 0]
+    if z.shape[-1] <= PIECE: logp = z.log_softmax(-1); return Scores(token, pick(logp, token).exp_(), None if draft is None else -pick(logp, draft), z)
+    top = pick(z, token)
     lse = logsumexp(z, top)
-    return Scores(token, (top - lse).exp_(), None if draft is None else lse - pick(draft), z)
+    return Scores(token, (top - lse).exp_(), None if draft is None else lse - pick(z, draft), z)
 
 Engine.read = _read
 

@@ -233,6 +233,7 @@ def load_model(where: str, which: str, device=None, dtype: str = 'fp32'):
     if lost := info['missing_keys']: raise ValueError(f'{which} model: {where} lacks {len(lost)} weights, the first is {min(lost)}')
     try: tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError): tokenizer = None
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1: tokenizer = None  # transformers makes an empty one where there are no files
     with memory(f'the {which} model', size_gb(model)): return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval(), tokenizer
 
 # %% ../nbs/01_models.ipynb #34210aa7

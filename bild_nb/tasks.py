@@ -110,7 +110,7 @@ CNNDM = Task(
 HELP_DE_EN = Task(
     'help-de-en', about='the LibreOffice help, German to English; comes with the package', data='shipped', split='test', id='id', max_source=256,
     large='shipped', small={'unaligned': 'shipped', **({'aligned': str(SHIPPED/'aligned')} if (SHIPPED/'aligned').is_dir() else {})},
-    policies=('0.5,2', '0.3,2'))
+    policies=('0.3,3', '0.3,5'))
 
 TASKS = {t.name: t for t in (IWSLT2017, WMT2014, XSUM, CNNDM, HELP_DE_EN)}
 
