@@ -176,6 +176,7 @@ def lock(f, out):
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: raise ValueError(f'another process is writing {out}: wait for it, end it, or name another --out') from None
 
+# %% ../nbs/10_align.ipynb #ef0e68e4
 @contextmanager
 def locked(
     work:Path, # hidden folder of the work in progress, in the folder of the result
