@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EarlyStoppingCallback, GenerationConfig, PrinterCallback, Seq2SeqTrainingArguments, TrainerCallback
 from .decode import evaluating
-from .models import check_tokenizers, special
+from .models import special
 from .policy import Greedy, Policy, Scores, score
 from .train import BudgetTrainer, TokenBatches, adafactor, cheap_dropout, encode, last_checkpoint, save_half
 

@@ -9,7 +9,7 @@ __all__ = ['QUIRKS', 'Scores', 'score', 'check', 'Confidence', 'Fixed', 'NLL', '
 # %% ../nbs/00_policy.ipynb #ba1e8590
 import math
 from dataclasses import dataclass, field
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 import torch
 from torch import Tensor
 

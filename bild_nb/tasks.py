@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IWSLT2017', 'WMT2014', 'XSUM', 'CNNDM', 'HELP_DE_EN', 'TASKS', 'Task', 'check_task', 'read_toml', 'task_from_toml',
            'find_task', 'published', 'pair_name', 'alone', 'published_rows', 'pairs', 'attempts', 'offline',
-           'open_data', 'saved', 'column', 'text_at', 'check_columns', 'Rows', 'load_rows', 'checkpoints', 'open_pair',
-           'blank', 'load_tokenizer', 'decode', 'cut_reference', 'miniature', 'random_pair', 'rehearse', 'listing']
+           'open_data', 'saved', 'column', 'text_at', 'check_columns', 'Rows', 'load_rows', 'checkpoints', 'blank',
+           'load_tokenizer', 'open_pair', 'decode', 'cut_reference', 'miniature', 'random_pair', 'rehearse', 'listing']
 
 # %% ../nbs/20_tasks.ipynb #acb17853
 import difflib, hashlib, json, re, sys
@@ -308,13 +308,6 @@ def checkpoints(task: Task, large: str | None = None, small: str | None = None) 
     else: kind = next((k for k, v in task.small.items() if v == small or Path(v).name == Path(small).name), 'other')
     if not (large or task.large): raise ValueError(f'task {task.name!r} names no large model: give --large')
     return large or task.large, small, kind
-
-def open_pair(task: Task, large: str | None = None, small: str | None = None, **kwargs): # a `Pair`, and the kind of its small model
-    "Load the pair for a task; `kwargs` go to `load_pair`"
-    large, small, kind = checkpoints(task, large, small)
-    pair = load_pair(large, small, **kwargs)
-    if pair.tokenizer is None: give_tokenizer(pair, task)
-    return pair, kind
 
 # %% ../nbs/20_tasks.ipynb #97dd72e3
 def blank(tokenizer) -> bool:
