@@ -81,7 +81,7 @@ def evaluating(*models):
     "Run `models` in eval mode and without gradients, and give every module back in the mode it came in"
     training = [m for model in models for m in model.modules() if m.training]
     try:
-        for model in models: model.eval()
+        for m in training: m.training = False
         with torch.inference_mode(): yield
     finally:
         for m in training: m.training = True
