@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['FORMATS', 'SOURCES', 'TARGETS', 'RESULT', 'WORK', 'OBJECTIVES', 'RECIPES', 'read_rows', 'columns', 'text_column',
            'calibration_inputs', 'source_limit', 'shorten', 'cut_batches', 'greedy', 'outputs', 'whole_lines',
-           'open_part', 'lock', 'locked', 'digest', 'model_digest', 'tokenizer_digest', 'check_same', 'processes',
-           'asked_processes', 'check_processes', 'read_settings', 'replace_file', 'write_result', 'calibration_card',
-           'calibration_settings', 'begin', 'work_off', 'calibrate', 'parts', 'finish', 'disk', 'read_calibration',
-           'check_tokenizer', 'encode_pairs', 'sequence', 'forward', 'reverse', 'js', 'own_drafts', 'agreement',
-           'Recipe', 'check_recipe', 'AlignTrainer', 'mean_agreement', 'align_arguments', 'Ends', 'steps_per_epoch',
-           'plan', 'Bar', 'new_trainer', 'hold_out', 'step_seconds', 'duration', 'checkpoint_state', 'stale', 'over',
-           'tune', 'check_objective', 'check_room', 'begin_align', 'read_alignment', 'curve', 'alignment_card',
-           'write_model', 'align', 'align_settings', 'tune_rates', 'announce', 'load_best', 'load_weights']
+           'open_part', 'lock', 'locked', 'digest', 'model_digest', 'tokenizer_digest', 'flat', 'check_same',
+           'processes', 'asked_processes', 'check_processes', 'read_settings', 'replace_file', 'write_result',
+           'calibration_card', 'calibration_settings', 'begin', 'work_off', 'calibrate', 'parts', 'finish', 'disk',
+           'read_calibration', 'check_tokenizer', 'encode_pairs', 'sequence', 'forward', 'reverse', 'js', 'own_drafts',
+           'agreement', 'Recipe', 'check_recipe', 'AlignTrainer', 'mean_agreement', 'align_arguments', 'Ends',
+           'steps_per_epoch', 'plan', 'Bar', 'new_trainer', 'hold_out', 'step_seconds', 'duration', 'checkpoint_state',
+           'stale', 'over', 'tune', 'check_objective', 'check_room', 'begin_align', 'read_alignment', 'curve',
+           'alignment_card', 'write_model', 'align', 'align_settings', 'tune_rates', 'announce', 'load_best',
+           'load_weights']
 
 # %% ../nbs/10_align.ipynb #55196b20
-import fcntl, hashlib, json, math, os, random, shutil, sys, time, warnings
+import atexit, fcntl, hashlib, json, math, os, random, shutil, sys, time, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 import torch
 from accelerate import PartialState
@@ -149,13 +151,13 @@ def outputs(
 # %% ../nbs/10_align.ipynb #95a9d48a
 def whole_lines(
     file:Path, # of JSON lines; the last may be half
-)->list[dict]: # the whole ones
+)->list[tuple]: # what each whole line says, None if it is damaged; the byte where it ends
     "Read what was written to its end"
-    if not file.exists(): return []
-    return [d for line in file.read_bytes().split(b'\n')[:-1] if (d := _json(line))]
+    lines = file.read_bytes().split(b'\n')[:-1] if file.exists() else []
+    return list(zip(map(_json, lines), accumulate(len(line) + 1 for line in lines)))
 
 def _json(line:bytes):
-    "A line's object; None if the line is damaged: its batch is done again"
+    "A line's object, None if the line is damaged"
     try: return json.loads(line)
     except ValueError: return None
 
@@ -165,16 +167,16 @@ def open_part(
     "Cut a half line off and lock the file"
     with ExitStack() as stack:
         f = stack.enter_context(open(file, 'a+b'))
-        lock(f, file.parent.parent)
+        lock(f, f'writing {file.parent.parent}')
         f.seek(0)
         f.truncate(f.read().rfind(b'\n') + 1)
         stack.pop_all()  # still open
     return f
 
-def lock(f, out):
+def lock(f, doing:str):
     "Take the operating system's lock: it ends with the process, however that ends"
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: raise ValueError(f'another process is writing {out}: wait for it, end it, or name another --out') from None
+    except BlockingIOError: raise ValueError(f'another process is {doing}: wait for it, or name another folder with --out') from None
 
 # %% ../nbs/10_align.ipynb #ef0e68e4
 @contextmanager
@@ -187,7 +189,7 @@ def locked(
     if out.exists() and not work.exists() and not result.exists() and any(out.iterdir()): raise ValueError(f'{out} is not empty and was not begun by this command: name a new folder')
     work.mkdir(parents=True, exist_ok=True)
     with open(work/'lock', 'a') as f:
-        lock(f, out)
+        lock(f, f'writing {out}')
         try: yield
         finally:
             if result.exists(): shutil.rmtree(work)
@@ -211,17 +213,29 @@ def tokenizer_digest(tokenizer)->str:
     "A hash of the vocabulary and the special tokens"
     return digest([sorted(tokenizer.get_vocab().items()), {k: str(v) for k, v in tokenizer.special_tokens_map.items()}])
 
-def check_same(old:dict, new:dict, out):
-    "Refuse settings that differ from those that `out` was begun with"
-    if changed := [k for k in {**old, **new} if old.get(k) != new.get(k)]:
-        k = changed[0]
-        raise ValueError(f'{out} was begun with {k} {old.get(k)!r}, now it is {new.get(k)!r}: name another --out, or begin anew with --restart')
+def flat(d:dict, path:str='')->dict:
+    "A nested dictionary as one with paths for keys"
+    return {key: value for k, v in d.items() for key, value in (flat(v, f'{path}{k}.') if isinstance(v, dict) else {f'{path}{k}': v}).items()}
+
+def check_same(
+    old:dict, new:dict, # settings; nested, or not
+    out:str|Path, # what was begun with the old ones
+    said:str='{} was begun with {} {!r}, now it is {!r}: name another --out, or begin anew with --restart', # of `out`, a name and its two values
+):
+    "Refuse settings that differ, the first of them by name"
+    a, b = flat(old), flat(json.loads(json.dumps(new)))
+    for k in [*a, *b]:
+        if a.get(k) != b.get(k): raise ValueError(said.format(out, k, a.get(k), b.get(k)))
 
 # %% ../nbs/10_align.ipynb #1baac738
-def processes()->PartialState:
+def processes(
+    cpu:bool=False, # siblings that work on CPUs although there are GPUs
+)->PartialState:
     "This process among its siblings"
     if PartialState._shared_state: return PartialState()
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))  # a barrier waits for the slowest
+    state = PartialState(cpu=not torch.cuda.is_available() or cpu and int(os.environ.get('WORLD_SIZE', 1)) > 1, timeout=timedelta(days=30))  # a barrier waits for the slowest
+    atexit.register(state.destroy_process_group)
+    return state
 
 def asked_processes(
     option:int|None=None, # what the user said
@@ -368,7 +382,7 @@ def calibrate(
 # %% ../nbs/10_align.ipynb #a8941d8b
 def parts(out:Path)->dict[int, dict]:
     "The finished batches of all processes"
-    return {line['batch']: line for part in sorted((out/WORK).glob('part-*.jsonl')) for line in whole_lines(part)}
+    return {line['batch']: line for part in sorted((out/WORK).glob('part-*.jsonl')) for line, _ in whole_lines(part) if line}  # a damaged batch is done again
 
 def finish(out, rows, full, batches, settings):
     "From batches back to rows"

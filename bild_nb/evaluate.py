@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['SENTENCE_END', 'METRICS', 'FORMAT', 'COUNTS', 'Bleu', 'sentence_splitter', 'Rouge', 'resample', 'interval',
-           'whole_lines', 'whole_examples', 'lock', 'write_json', 'flat', 'check_same', 'Run', 'read_info', 'as_lines',
-           'Protocol', 'synchronize', 'timed', 'measure', 'record', 'trace_of', 'batchable', 'alone_batched', 'untimed',
-           'fingerprint', 'describe', 'environment', 'identity', 'processes', 'progress', 'typical', 'systems', 'odd',
-           'evaluate', 'sources', 'work', 'Results', 'read_run', 'score_samples', 'predicted_ms', 'result_rows',
-           'speed', 'grid', 'gain', 'front', 'spread', 'sweep', 'Generations', 'difference', 'predicted_gain',
-           'fastest_first', 'p_values', 'needed', 'safest_first', 'promised', 'text_loss', 'halves', 'Goal', 'search',
-           'promise', 'tune']
+           'whole_examples', 'write_json', 'Run', 'read_info', 'as_lines', 'Protocol', 'timed', 'measure', 'record',
+           'trace_of', 'batchable', 'alone_batched', 'untimed', 'fingerprint', 'describe', 'environment', 'identity',
+           'progress', 'typical', 'systems', 'odd', 'evaluate', 'sources', 'work', 'Results', 'read_run',
+           'score_samples', 'predicted_gain', 'result_rows', 'speed', 'grid', 'gain', 'front', 'spread', 'sweep',
+           'Generations', 'difference', 'fastest_first', 'p_values', 'needed', 'safest_first', 'promised', 'text_loss',
+           'halves', 'Goal', 'search', 'promise', 'tune']
 
 # %% ../nbs/21_evaluate.ipynb #50a658fa
-import atexit, json, math, os, re, sys, time, warnings
+import json, math, os, re, sys, time, warnings
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
 import numpy as np
@@ -24,7 +22,8 @@ from . import __version__
 from .policy import Policy, parse_policy
 from .models import _unused
 from .decode import BigLittleDecoder, Trace, evaluating
-from .trace import pass_times, predict, shares
+from .trace import pair_times, predict, shares, synchronize
+from .align import check_same, lock, processes, replace_file, whole_lines
 from .tasks import Rows, Task, cut_reference, decode
 
 # %% ../nbs/21_evaluate.ipynb #8d4d5ff5
@@ -89,57 +88,22 @@ def interval(samples, level: float = .95) -> tuple: # low, high
 # %% ../nbs/21_evaluate.ipynb #cd89d685
 FORMAT = 1  # of run folders
 
-def whole_lines(file: Path) -> list: # (record, byte where its line ends) pairs
-    "The records of `file`; a last line that was cut off is left out, another damaged one is a `ValueError`"
-    if not file.exists(): return []
-    out, end = [], 0
-    for n, line in enumerate(file.read_bytes().split(b'\n')[:-1], 1):
-        end += len(line) + 1
-        try: out.append((json.loads(line), end))
-        except ValueError: raise ValueError(f'{file}, line {n} is damaged: repair or delete the run folder') from None
-    return out
-
 def whole_examples(file: Path, policies: list | None): # list of lists of records, and the byte where the last example ends
     "The complete examples of `file`: consecutive lines of one id, one for each policy; with `policies` None every line is one"
     groups, end, part = [], 0, []
-    for record, at in whole_lines(file):
+    for n, (record, at) in enumerate(whole_lines(file), 1):
+        if record is None: raise ValueError(f'{file}, line {n} is damaged: repair or delete the run folder')
         if part and record['id'] != part[0]['id']: raise ValueError(f'{file}: example {part[0]["id"]} is incomplete in the middle of the file: repair or delete the run folder')
         part.append(record)
         if policies is None or len(part) == len(policies): groups.append(part); end, part = at, []
     return groups, end
 
 # %% ../nbs/21_evaluate.ipynb #5f3a89e8
-def lock(folder: Path): # an open file; the lock ends with it
-    "Lock a run folder, or raise a `ValueError`"
-    import fcntl  # the operating system's own
-    f = open(folder/'.lock', 'a')
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        f.close()
-        raise ValueError(f'another process is at work in {folder}: wait for it, or name another folder with --out') from None
-    return f
-
 def write_json(file: Path, data):
     "Write `data` so that the file is there whole or not at all"
-    part = file.with_name(f'.{file.name}.part')
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding='utf-8')
-    os.replace(part, file)
+    replace_file(file, lambda part: part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding='utf-8'))
 
-# %% ../nbs/21_evaluate.ipynb #b4632e84
-def flat(d: dict, path: str = '') -> dict:
-    "A nested dictionary as one with paths for keys"
-    out = {}
-    for k, v in d.items(): out.update(flat(v, f'{path}{k}.') if isinstance(v, dict) else {f'{path}{k}': v})
-    return out
-
-def check_same(folder: Path, before: dict, now: dict):
-    "Raise a `ValueError` that names what a run was made with and is now different"
-    a, b = flat(before), flat(json.loads(json.dumps(now)))
-    for k in [*a, *b]:
-        if a.get(k) != b.get(k):
-            raise ValueError(f'the run in {folder} was made with {k}={a.get(k)!r}, now it is {b.get(k)!r}: call it as it was, or name another folder with --out')
-
-# %% ../nbs/21_evaluate.ipynb #bbaf4489
+# %% ../nbs/21_evaluate.ipynb #4c1e3664
 class Run:
     "A locked run folder: it knows which examples are done, appends examples, and merges what several processes wrote"
     def __init__(self,
@@ -159,11 +123,12 @@ class Run:
 
     def claim(self, identity: dict):
         "Make the folder, lock it, compare it with a former start"
-        try: self.out.mkdir(parents=True, exist_ok=True); self.locked = lock(self.out)
+        try: self.out.mkdir(parents=True, exist_ok=True); self.locked = open(self.out/'.lock', 'a')
         except OSError as e: raise ValueError(f'{self.out} cannot be a run folder ({e.strerror}): name another with --out') from e
+        lock(self.locked, f'at work in {self.out}')
         if self.info_file.exists():
             before = read_info(self.out)
-            for part in identity: check_same(self.out, before[part], identity[part])
+            for part in identity: check_same(before[part], identity[part], self.out, 'the run in {} was made with {}={!r}, now it is {!r}: call it as it was, or name another folder with --out')
         elif (self.out/'records.jsonl').exists(): raise ValueError(f'{self.out} has records but no run.json: name another folder with --out')
         else: write_json(self.info_file, dict(format=FORMAT, **identity))
         self.merge()
@@ -218,9 +183,7 @@ def _finish(self, order: list):
     main, at = self.out/'records.jsonl', {id: i for i, id in enumerate(order)}
     groups = whole_examples(main, self.policies)[0]
     if [at[g[0]['id']] for g in groups] != sorted(at[g[0]['id']] for g in groups):
-        part = self.out/'.records.part'
-        part.write_bytes(b''.join(as_lines(g) for g in sorted(groups, key=lambda g: at[g[0]['id']])))
-        os.replace(part, main)
+        replace_file(main, lambda part: part.write_bytes(b''.join(as_lines(g) for g in sorted(groups, key=lambda g: at[g[0]['id']]))))
     self.note(finished=True)
 
 def _close(self):
@@ -246,10 +209,6 @@ class Protocol:
         for name, least in (('repeats', 1), ('warmup', 0), ('batch', 1)):
             v = getattr(self, name)
             if not isinstance(v, int) or v < least: raise ValueError(f'{name}={v!r}: must be a whole number >= {least}')
-
-def synchronize(device):
-    "Wait for a GPU"
-    if device.type == 'cuda': torch.cuda.synchronize(device)
 
 def timed(decoder: BigLittleDecoder, ids, new: int) -> tuple: # `Output`, ms
     "One text and its time"
@@ -375,15 +334,6 @@ def identity(task: Task, pair, rows: Rows, policies: list, protocol: Protocol, k
     return dict(settings=settings, versions=versions, **(dict(hardware=dict(hardware, processes=world)) if protocol.timing else {}))
 
 # %% ../nbs/21_evaluate.ipynb #92d65336
-def processes(cpu: bool): # number, count, barrier
-    "This process among those that a launcher started"
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return 0, 1, lambda: None
-    from accelerate import PartialState
-    first = not PartialState._shared_state
-    state = PartialState(cpu=cpu, **(dict(timeout=timedelta(days=30)) if first else {}))
-    if first: atexit.register(state.destroy_process_group)
-    return state.process_index, state.num_processes, state.wait_for_everyone
-
 def progress(total: int, text: str, main: bool = True):
     "A bar on stderr"
     from tqdm import tqdm
@@ -392,9 +342,8 @@ def progress(total: int, text: str, main: bool = True):
 # %% ../nbs/21_evaluate.ipynb #8413f45d
 def typical(pair, ids: list, protocol: Protocol, new: int) -> dict:
     "Times of single passes of both models on a source of median length, for the cost model"
-    x, ks = sorted(ids, key=lambda x: x.shape[1])[len(ids)//2], (1, 2, 4, 8, 11)
-    for _ in range(2): times = {which: pass_times(d, x, ks, context=min(12, new), repeats=15) for which, d in (('large', pair.large), ('small', pair.small))}  # the first warms up
-    return {which: {str(k): v for k, v in t.items()} for which, t in times.items()}
+    x = sorted(ids, key=lambda x: x.shape[1])[len(ids)//2]
+    return {which: {str(k): v for k, v in t.items()} for which, t in pair_times(pair.large, pair.small, x, ks=(1, 2, 4, 8, 11), context=min(12, new), repeats=15).items()}
 
 def systems(policies: list) -> dict: # `Policy` by name, both models first
     "The policies of a run: vanilla large and small always run with them"
@@ -418,7 +367,8 @@ def evaluate(task: Task, pair, rows: Rows, policies: list, # policies or their t
             ) -> bool:                # whether this is the process that reports
     "Run a task into a run folder, or go on where it was left. Raises `ValueError` for a folder of other settings"
     metric, todo = METRICS[task.metric](protocol.splitter), systems(policies)
-    rank, world, wait = processes(pair.large.device.type == 'cpu')
+    state = processes(cpu=pair.large.device.type == 'cpu')
+    rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
     run = Run(out, identity(task, pair, rows, list(todo), protocol, kind, names, world) if rank == 0 else {}, list(todo), rank, world)
     try:
         ids = sources(task, pair, rows, run)
@@ -485,11 +435,10 @@ def score_samples(results: Results, policy: str, W, key: str = 'stats'): # score
     score = lambda sums: metric.score(metric, sums, len(S))
     return score(S.sum(0)), score(W @ S)
 
-def predicted_ms(r: dict, times: dict) -> float:
-    "What the cost model says of a record's passes, ms"
-    large, small = ({k if k == 'encoder' else int(k): v for k, v in times[which].items()} for which in ('large', 'small'))
-    t = trace_of(r)
-    return (t.new_tokens*large[1] + large['encoder'])/predict(t, large, small)
+def predicted_gain(base: list, mine: list, times: dict) -> float: # records, and what `typical` gave
+    "The speed-up of `mine` over `base` by the cost model"
+    times = {which: {k if k == 'encoder' else int(k): v for k, v in t.items()} for which, t in times.items()}
+    return predict([trace_of(r) for r in base], [trace_of(r) for r in mine], times)
 
 # %% ../nbs/21_evaluate.ipynb #e5457b89
 def result_rows(results: Results, draws: int = 1000, seed: int = 0) -> list: # a dictionary for each policy
@@ -516,9 +465,7 @@ def speed(results: Results, policy: str, W) -> dict:
         mine, large = times(policy), times('large')
         out = dict(speedup=large.sum()/mine.sum(), speedup_interval=interval((W @ large)/(W @ mine)),
                    ms_per_example=mine.mean(), ms_per_token=mine.sum()/sum(r['accepted'] + r['large_tokens'] for r in results.records[policy]))
-    if 'pass_times' in info:
-        total = lambda p: sum(predicted_ms(r, info['pass_times']) for r in results.records[p])
-        out['predicted'] = total('large')/total(policy)
+    if 'pass_times' in info: out['predicted'] = predicted_gain(results.records['large'], results.records[policy], info['pass_times'])
     return out
 
 # %% ../nbs/21_evaluate.ipynb #39631aae
@@ -579,11 +526,6 @@ def difference(metric, base: list, mine: list, seed: int = 0) -> tuple: # of the
     W = resample(n, seed=seed)
     (a, b), (c, d) = ([metric.score(s, n)[..., main] for s in (x.sum(0), W @ x)] for x in S)
     return float(c - a), interval(d - b)
-
-def predicted_gain(base: list, mine: list, times: dict) -> float:
-    "The speed-up of `mine` over `base` by the cost model"
-    total = lambda rs: sum(predicted_ms(r, times) for r in rs)
-    return total(base)/total(mine)
 
 # %% ../nbs/21_evaluate.ipynb #0e0649e5
 def fastest_first(generate, metric, candidates: list, times: dict, n: int, max_drop: float, first: int = 16): # trials, the chosen last

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'INLINE', 'NAMES', 'LEGEND', 'token_text', 'spans', 'summary', 'trace_html', 'shares', 'pass_times',
-           'interpolate', 'predict', 'outside', 'turn_ms', 'tune_threads']
+           'synchronize', 'pair_times', 'interpolate', 'cost', 'predict', 'outside', 'turn_ms', 'tune_threads']
 
 # %% ../nbs/04_trace.ipynb #7ebe4537
 import time
@@ -73,23 +73,40 @@ def pass_times(decoder,         # a `Decoder`
                input_ids,       # (1, source length) int64, a typical source
                ks=(1, 2, 4, 8), # tokens a pass
                context=12,      # tokens in the cache before it
-               repeats=7) -> dict: # {k: median ms}, and 'encoder': median ms of a prefill
-    "Time of single decoder passes over k tokens, and of a prefill"
+               repeats=7,
+               after=None       # the `Decoder` whose step comes before each pass; None: the same one
+              ) -> dict:        # {k: median ms}, and 'encoder': median ms of a prefill
+    "Time of reading k tokens in one pass, and of a prefill, each right after a step of `after`"
+    after, token, draft = after or decoder, decoder.start[:1], torch.zeros(max(ks), dtype=torch.int64, device=decoder.device)
+    times = {'encoder': [], **{k: [] for k in ks}}
     def ms(f):
-        t0 = time.perf_counter(); f()
-        if decoder.device.type == 'cuda': torch.cuda.synchronize()
+        use_threads(after); after.read(token, 1); synchronize(decoder.device); t0 = time.perf_counter()
+        use_threads(decoder); f(); synchronize(decoder.device)
         return (time.perf_counter() - t0)*1e3
-    with evaluating(decoder.model), same_threads():
-        use_threads(decoder)
-        out = {'encoder': median(ms(lambda: decoder.prefill(input_ids)) for _ in range(repeats + 1))}
-        decoder.forward(decoder.start[:1]*context)
-        for k in ks:
-            times = []
-            for _ in range(repeats): times.append(ms(lambda: decoder.forward(decoder.start[:1]*k))); decoder.rollback(context)
-            out[k] = median(times)
-    return out
+    with evaluating(decoder.model, after.model), same_threads():
+        after.prefill(input_ids)
+        for _ in range(repeats + 1):  # the first warms up
+            times['encoder'].append(ms(lambda: decoder.prefill(input_ids)))
+            decoder.read(token*context, 1)
+            for k in ks:
+                times[k].append(ms(lambda: decoder.read(token*k, k, draft[:k])))
+                decoder.rollback(context); after.rollback(context)
+    return {k: median(t[1:]) for k, t in times.items()}
+
+def synchronize(device):
+    "Wait for a GPU"
+    if device.type == 'cuda': torch.cuda.synchronize(device)
 
 # %% ../nbs/04_trace.ipynb #bbddffb8
+def pair_times(large, small, # decoders
+               input_ids,    # (1, source length) int64, a typical source
+               **kwargs      # of `pass_times`
+              ) -> dict:     # `pass_times` by what came before and what runs: 'LL', 'LS', 'SL', 'SS'
+    "Times of single passes of a pair, after each other and after themselves"
+    models = dict(L=large, S=small)
+    return {a + b: pass_times(models[b], input_ids, after=models[a], **kwargs) for a in models for b in models}
+
+# %% ../nbs/04_trace.ipynb #b3348816
 def interpolate(times: dict, k: int) -> float:
     "ms of a pass over `k` tokens, on the straight line through the nearest measured sizes"
     ks = sorted(x for x in times if x != 'encoder')
@@ -98,12 +115,19 @@ def interpolate(times: dict, k: int) -> float:
     if lo == hi: lo = ks[-2]
     return times[lo] + (times[hi] - times[lo])*(k - lo)/(hi - lo)
 
-def predict(trace: Trace, large: dict, small: dict) -> float:
-    "Speed-up over the large model alone that the passes of `trace` should give, from `pass_times` of both models"
+def cost(trace: Trace, times: dict) -> float:
+    "ms that the passes of `trace` should take, by `pair_times`"
     if not trace.log: raise ValueError('this trace has no passes')
-    times = dict(L=large, S=small)
-    bild = sum(interpolate(times[p[0]], int(p[1:])) for p in trace.log) + sum(times[w]['encoder'] for w in {p[0] for p in trace.log})
-    return (trace.new_tokens*large[1] + large['encoder']) / bild
+    models, passes = sorted({p[0] for p in trace.log}), [(p[0], int(p[1:])) for p in trace.log]
+    encoders = sum(times[before + m]['encoder'] for before, m in zip(models[::-1], models))
+    return encoders + sum(interpolate(times[before + m], k) for (before, _), (m, k) in zip(passes[-1:] + passes, passes))
+
+def predict(alone: list[Trace], # of the large model alone
+            ours: list[Trace],  # of the same texts
+            times: dict         # `pair_times`
+           ) -> float:
+    "The speed-up that the passes of `ours` should give"
+    return sum(cost(t, times) for t in alone)/sum(cost(t, times) for t in ours)
 
 # %% ../nbs/04_trace.ipynb #d60a35f3
 def outside(decoder,  # a `BigLittleDecoder`, on a CPU
