@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'DTYPES', 'special', 'rollback_cache', 'Decoder', 'transfer', 'random_t5', 'use_threads', 'size_gb',
-           'memory', 'check_tokenizers', 'check_pair', 'find_model', 'online', 'load_model', 'decoder_for', 'Pair',
-           'load_pair']
+           'memory', 'check_tokenizers', 'check_pair', 'find_model', 'online', 'load_model', 'find_tokenizer',
+           'decoder_for', 'Pair', 'load_pair']
 
 # %% ../nbs/01_models.ipynb #c6799428
 import inspect, warnings
@@ -231,10 +231,13 @@ def load_model(where: str, which: str, device=None, dtype: str = 'fp32'):
     finally:
         if bar: logging.enable_progress_bar()
     if lost := info['missing_keys']: raise ValueError(f'{which} model: {where} lacks {len(lost)} weights, the first is {min(lost)}')
+    with memory(f'the {which} model', size_gb(model)): return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval(), find_tokenizer(source, local)
+
+def find_tokenizer(source: str, local: bool):
+    "The tokenizer of a folder or a hub id; None where there is none"
     try: tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError): tokenizer = None
-    if tokenizer is not None and len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1: tokenizer = None  # transformers makes an empty one where there are no files
-    with memory(f'the {which} model', size_gb(model)): return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval(), tokenizer
+    except (OSError, ValueError): return None
+    return tokenizer if len(tokenizer) > len(tokenizer.added_tokens_decoder) + 1 else None  # transformers makes an empty one where there are no files
 
 # %% ../nbs/01_models.ipynb #34210aa7
 def decoder_for(model,                 # a transformers encoder-decoder model

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IWSLT2017', 'WMT2014', 'XSUM', 'CNNDM', 'HELP_DE_EN', 'TASKS', 'Task', 'check_task', 'read_toml', 'task_from_toml',
            'find_task', 'published', 'pair_name', 'alone', 'published_rows', 'pairs', 'attempts', 'offline',
-           'open_data', 'saved', 'column', 'text_at', 'check_columns', 'Rows', 'load_rows', 'checkpoints', 'blank',
+           'open_data', 'saved', 'column', 'text_at', 'check_columns', 'Rows', 'load_rows', 'checkpoints',
            'load_tokenizer', 'open_pair', 'decode', 'cut_reference', 'miniature', 'random_pair', 'rehearse', 'listing']
 
 # %% ../nbs/20_tasks.ipynb #acb17853
 import difflib, hashlib, json, re, sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from .models import SHIPPED, Pair, check_pair, decoder_for, find_model, load_model, online
+from .models import SHIPPED, check_pair, find_tokenizer, load_pair, online
 
 # %% ../nbs/20_tasks.ipynb #0ae4b56f
 @dataclass(frozen=True)
@@ -310,29 +310,21 @@ def checkpoints(task: Task, large: str | None = None, small: str | None = None) 
     return large or task.large, small, kind
 
 # %% ../nbs/20_tasks.ipynb #97dd72e3
-def blank(tokenizer) -> bool:
-    "Whether a tokenizer knows nothing but its special tokens"
-    return tokenizer is None or len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1
-
 def load_tokenizer(task: Task):
     "The tokenizer that the task names"
-    from transformers import AutoTokenizer
     if not task.tokenizer: raise ValueError(f'the models came without a tokenizer, and task {task.name!r} names none: save one in the model folder')
-    try: found = AutoTokenizer.from_pretrained(task.tokenizer, local_files_only=Path(task.tokenizer).is_dir() or not online())
-    except (OSError, ValueError): found = None
-    if blank(found): raise ValueError(f'the models came without a tokenizer, and {task.tokenizer} could not be loaded: download it and save it in the model folder')
+    found = find_tokenizer(task.tokenizer, Path(task.tokenizer).is_dir() or not online())
+    if found is None: raise ValueError(f'the models came without a tokenizer, and {task.tokenizer} could not be loaded: download it and save it in the model folder')
     return found
 
-# %% ../nbs/20_tasks.ipynb #9ecea6de
-def open_pair(task: Task, large: str | None = None, small: str | None = None, device=None, dtype: str = 'fp32', backend: str = 'auto'): # a `Pair`, and the kind of its small model
-    "Load the pair for a task; the options are those of `load_pair`"
-    names = checkpoints(task, large, small)
-    for name, which in zip(names, ('large', 'small')): find_model(name, which)  # a wrong name shows before anything is loaded
-    loaded = [load_model(name, which, device, 'fp32' if dtype == 'int8' else dtype) for name, which in zip(names, ('large', 'small'))]
-    known = next((t for _, t in loaded if not blank(t)), None) or load_tokenizer(task)
-    big, little = (decoder_for(model, known if blank(t) else t, backend, dtype == 'int8') for model, t in loaded)
-    check_pair(big, little)
-    return Pair(big, little, big.tokenizer), names[2]
+def open_pair(task: Task, large: str | None = None, small: str | None = None, **options): # a `Pair`, and the kind of its small model
+    "Load the pair for a task; `options` are those of `load_pair`"
+    large, small, kind = checkpoints(task, large, small)
+    pair = load_pair(large, small, **options)
+    pair.tokenizer = pair.tokenizer or load_tokenizer(task)
+    for d in (pair.large, pair.small): d.tokenizer = d.tokenizer or pair.tokenizer
+    check_pair(pair.large, pair.small)
+    return pair, kind
 
 # %% ../nbs/20_tasks.ipynb #c3b57db5
 def decode(tokenizer, ids, published: bool = False # as the published programs decoded
