@@ -135,11 +135,10 @@ def _verify(self, y, d, trace):
     t0, large, new = time.perf_counter(), self.large, (y + d)[self.large.length:]
     draft = torch.tensor(d + [0], device=large.device)                 # the last position has no drafted token
     s = large.read(new, len(d) + 1, draft)
-    kept = self.policy.accepted(s._replace(token=s.token[:-1], nll=s.nll[:-1]), draft[:-1])
-    own, sure, far, kept = transfer(s.token, s.confidence, s.nll, kept.expand(len(draft)))
+    own, sure, far, kept = transfer(s.token, s.confidence, s.nll, self.policy.accepted(s, draft).expand(len(draft)))
     if any(p != p for p in sure): raise FloatingPointError('the large model gave NaN logits')
     trace.large_passes += 1; trace.log.append(f'L{len(new)}')
-    return [int(t) for t in own], sure, far[:-1], int(kept[0]), (time.perf_counter() - t0)*1e3
+    return [int(t) for t in own], sure, far[:-1], min(int(kept[0]), len(d)), (time.perf_counter() - t0)*1e3
 
 BigLittleDecoder._verify = _verify
 
