@@ -16,7 +16,7 @@ __all__ = ['FORMATS', 'SOURCES', 'TARGETS', 'RESULT', 'WORK', 'OBJECTIVES', 'REC
            'load_weights']
 
 # %% ../nbs/10_align.ipynb #55196b20
-import atexit, fcntl, hashlib, json, math, os, random, shutil, sys, time, warnings
+import atexit, fcntl, gzip, hashlib, json, math, os, random, shutil, sys, time, warnings, zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -150,10 +150,14 @@ def outputs(
 
 # %% ../nbs/10_align.ipynb #95a9d48a
 def whole_lines(
-    file:Path, # of JSON lines; the last may be half
+    file:Path, # of JSON lines, maybe packed (`.gz`); the last may be half
 )->list[tuple]: # what each whole line says, None if it is damaged; the byte where it ends
     "Read what was written to its end"
-    lines = file.read_bytes().split(b'\n')[:-1] if file.exists() else []
+    data = file.read_bytes() if file.exists() else b''
+    if file.suffix == '.gz':
+        try: data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as e: raise ValueError(f'{file} is damaged: delete it, or repair it') from e
+    lines = data.split(b'\n')[:-1]
     return list(zip(map(_json, lines), accumulate(len(line) + 1 for line in lines)))
 
 def _json(line:bytes):
@@ -546,11 +550,11 @@ class AlignTrainer(BudgetTrainer):
 
 # %% ../nbs/10_align.ipynb #b2668f1f
 def _both(self, model, batch):
-    "Logits of small and large (None without one) at all positions with a label, and the labels"
+    "Logits of small and large (None where it is not needed) at all positions with a label, and the labels"
     x, y = {k: batch[k] for k in ('input_ids', 'attention_mask', 'decoder_input_ids')}, batch['labels']
     on = y != -100
     q = model(**x).logits[on]
-    if self.large is None: return q, None, y[on]
+    if self.large is None or model.training and self.objective == 'sequence': return q, None, y[on]
     with torch.no_grad(): p = self.large(**x).logits[on]
     n = min(q.shape[-1], p.shape[-1])  # padded vocabularies may differ
     return q[:, :n], p[:, :n], y[on]
@@ -640,6 +644,8 @@ def new_trainer(
     trainer.remove_callback(PrinterCallback)  # it writes to stdout
     trainer.max_tokens = r.max_tokens
     if trainer.large is not None: trainer.large.to(trainer.args.device).eval()
+    if trainer.args.use_cpu:
+        for m in (small, trainer.large): m is None or m.set_attn_implementation('eager')  # a quarter faster to train with there
     return trainer
 
 # %% ../nbs/10_align.ipynb #43d95e14

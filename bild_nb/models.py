@@ -195,11 +195,12 @@ def check_pair(large: Decoder, small: Decoder):
 SHIPPED = Path(str(files('bild_nb')/'shipped'))  # what the package brings along
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
-def find_model(where: str,  # a local folder, a hub id such as `google-t5/t5-small`, or `shipped`
+def find_model(where: str,  # a local folder, a hub id such as `google-t5/t5-small`, `shipped`, or `shipped/aligned`
                which: str   # `large` or `small`
               ) -> str:     # what `from_pretrained` takes
     "Where a model is loaded from; a folder that is none, or has no weights, is a `ValueError`"
     if where == 'shipped': return str(SHIPPED/which)
+    if where in ('shipped/large', 'shipped/small', 'shipped/aligned'): return str(SHIPPED.parent/where)
     p = Path(where)
     if p.is_dir():
         if not (p/'config.json').exists(): raise ValueError(f'{which} model: the folder {where} has no config.json; name a folder written by save_pretrained')
@@ -281,14 +282,16 @@ Pair.set_threads = _set_threads
 
 # %% ../nbs/01_models.ipynb #2f63a287
 def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
-              small: str = 'shipped',
+              small: str = 'shipped',  # likewise; `shipped` has two, see `aligned`
               device: str | None = None, # `cuda` where there is one, else `cpu`
               dtype: str | tuple = 'fp32', # one name (fp32, bf16, fp16, int8), or a (large, small) pair
               backend: str = 'auto',   # `auto`, `plain` or `engine`
-              threads: int | tuple | str | None = None # of a CPU: one number, a (large, small) pair, `auto` measures, None leaves them as they are
+              threads: int | tuple | str | None = None, # of a CPU: one number, a (large, small) pair, `auto` measures, None leaves them as they are
+              aligned: bool = True     # `shipped` is the small model that learned the large one's words (`shipped/aligned`), not the one before (`shipped/small`)
              ) -> Pair:
     "Load a pair, the shipped German-English one by default, and check that it is one"
     if backend not in ('auto', 'plain', 'engine'): raise ValueError(f'backend {backend!r}: there are auto, plain and engine')
+    if small == 'shipped' and aligned: small = 'shipped/aligned'
     find_model(large, 'large'), find_model(small, 'small')  # a wrong name shows before anything is loaded
     def load(where, which, dtype): return decoder_for(*load_model(where, which, device, 'fp32' if dtype == 'int8' else dtype), backend, dtype == 'int8')
     a, b = (dtype, dtype) if isinstance(dtype, str) else dtype
