@@ -40,7 +40,7 @@ def shape_model(name: str, plan=None):
 def open_model(name: str, which: str, device: str = 'cpu'):
     "A model and its tokenizer: a name in `SHAPES`, a folder, a hub id or `shipped`; bf16 on a GPU"
     dtype = 'fp32' if device == 'cpu' else 'bf16'
-    if name not in SHAPES: return load_model(name, which, device, dtype)
+    if name not in SHAPES: return load_model('shipped/aligned' if (name, which) == ('shipped', 'small') else name, which, device, dtype)
     model = shape_model(name, successors(32000, doubtful=.22 if which == 'small' else 0))
     return model.to(device, torch.float32 if device == 'cpu' else torch.bfloat16), None
 
@@ -252,7 +252,7 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
           new: int = 64,           # most tokens of a text
           repeats: int = 3,
           device: str = 'cpu',     # or `cuda`: the engine with CUDA graphs in bf16
-         policy: Policy = Policy.bild(.3, 5) # of BiLD, where the pair is real
+         policy: Policy = Policy.bild(.2, 6) # of BiLD, where the pair is real
          ) -> dict:                # what `run.json` holds
     "Measure passes and whole texts of a pair beside its peers"
     if device not in KINDS or device == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device {device!r}: the bench runs on cpu, and on cuda where torch finds a GPU')

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SENTENCE_END', 'METRICS', 'FORMAT', 'COUNTS', 'Bleu', 'sentence_splitter', 'Rouge', 'resample', 'interval',
-           'whole_examples', 'write_json', 'Run', 'read_info', 'as_lines', 'Protocol', 'timed', 'measure', 'record',
-           'trace_of', 'batchable', 'alone_batched', 'untimed', 'fingerprint', 'describe', 'environment', 'identity',
-           'progress', 'typical', 'systems', 'odd', 'evaluate', 'sources', 'work', 'Results', 'read_run',
+           'whole_examples', 'write_json', 'unpack', 'Run', 'read_info', 'as_lines', 'Protocol', 'timed', 'measure',
+           'record', 'trace_of', 'batchable', 'alone_batched', 'untimed', 'fingerprint', 'describe', 'environment',
+           'identity', 'progress', 'typical', 'systems', 'odd', 'evaluate', 'sources', 'work', 'Results', 'read_run',
            'score_samples', 'predicted_gain', 'result_rows', 'speed', 'grid', 'gain', 'front', 'spread', 'sweep',
            'Generations', 'difference', 'fastest_first', 'p_values', 'needed', 'safest_first', 'promised', 'text_loss',
            'halves', 'Goal', 'search', 'promise', 'tune']
 
 # %% ../nbs/21_evaluate.ipynb #50a658fa
-import json, math, os, re, sys, time, warnings
+import gzip, json, math, os, re, sys, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -104,6 +104,14 @@ def write_json(file: Path, data):
     replace_file(file, lambda part: part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding='utf-8'))
 
 # %% ../nbs/21_evaluate.ipynb #4c1e3664
+def unpack(out: Path):
+    "Undo `gzip records.jsonl` in a run folder"
+    packed, plain = out/'records.jsonl.gz', out/'records.jsonl'
+    if not packed.exists(): return
+    if not plain.exists(): replace_file(plain, lambda part: part.write_bytes(gzip.decompress(packed.read_bytes())))  # both: killed before the next line
+    packed.unlink()
+
+# %% ../nbs/21_evaluate.ipynb #970431f5
 class Run:
     "A locked run folder: it knows which examples are done, appends examples, and merges what several processes wrote"
     def __init__(self,
@@ -126,6 +134,7 @@ class Run:
         try: self.out.mkdir(parents=True, exist_ok=True); self.locked = open(self.out/'.lock', 'a')
         except OSError as e: raise ValueError(f'{self.out} cannot be a run folder ({e.strerror}): name another with --out') from e
         lock(self.locked, f'at work in {self.out}')
+        unpack(self.out)
         if self.info_file.exists():
             before = read_info(self.out)
             for part in identity: check_same(before[part], identity[part], self.out, 'the run in {} was made with {}={!r}, now it is {!r}: call it as it was, or name another folder with --out')
@@ -421,7 +430,7 @@ def read_run(out: Path) -> Results:
     info = read_info(out)
     if 'goal' in info['settings']: raise ValueError(f'{out} is a tuning, not a run: its run is {out/"confirm"}')
     policies, groups = info['settings']['policies'], []
-    for file in [out/'records.jsonl', *sorted(out.glob('records.*.jsonl'))]: groups += whole_examples(file, policies)[0]
+    for file in [*out.glob('records.jsonl.gz'), out/'records.jsonl', *sorted(out.glob('records.*.jsonl'))]: groups += whole_examples(file, policies)[0]
     groups = list({g[0]['id']: g for g in groups}.values())
     failed = [(r['id'], r['policy'], r['error']) for g in groups for r in g if 'error' in r]
     good = [g for g in groups if not any('error' in r for r in g)]
