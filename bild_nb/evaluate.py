@@ -352,7 +352,7 @@ def progress(total: int, text: str, main: bool = True):
 def typical(pair, ids: list, protocol: Protocol, new: int) -> dict:
     "Times of single passes of both models on a source of median length, for the cost model"
     x = sorted(ids, key=lambda x: x.shape[1])[len(ids)//2]
-    return {which: {str(k): v for k, v in t.items()} for which, t in pair_times(pair.large, pair.small, x, ks=(1, 2, 4, 8, 11), context=min(12, new), repeats=15).items()}
+    return {which: {str(k): v for k, v in t.items()} for which, t in pair_times(pair.large, pair.small, x, ks=(1, 2, 4, 8, 11), context=min(12, new), repeats=40).items()}
 
 def systems(policies: list) -> dict: # `Policy` by name, both models first
     "The policies of a run: vanilla large and small always run with them"
