@@ -180,9 +180,9 @@ def page(rows: list,      # the table
 
 # %% ../nbs/90_cli.ipynb #3261024c
 def console(stream): # a `rich.console.Console`
-    "The terminal as rich sees it; a pipe or a file is 100 columns wide"
+    "The terminal as rich sees it; a pipe or a file is 110 columns wide"
     from rich.console import Console
-    return Console(file=stream, width=None if stream.isatty() else 100, highlight=False, force_jupyter=False)
+    return Console(file=stream, width=None if stream.isatty() else 110, highlight=False, force_jupyter=False)
 
 def note(text): typer.echo(f'note: {" ".join(str(text).split())}', err=True)
 
