@@ -569,8 +569,8 @@ def tasks(as_json: Json = False, debug: Debug = False):
         if as_json: return typer.echo(json.dumps(rows))
         for r in rows:
             typer.echo(f'{r["task"]}: {r["about"]}; {r["split"]}, {r["metric"]}')
-            for part, p in r['parts'].items(): typer.echo(f'  {part:22}{p["name"]}{"  (here)" if p["offline"] else ""}')
-            for kind, names in r['policies'].items(): typer.echo(f'  {"policies, " + kind:22}{" and ".join(names)}')
+            for part, p in r['parts'].items(): typer.echo(f'  {part:24}{p["name"]}{"  (here)" if p["offline"] else ""}')
+            for kind, names in r['policies'].items(): typer.echo(f'  {"policies, " + kind:24}{" and ".join(names)}')
 
 # %% ../nbs/90_cli.ipynb #26e22150
 @contextmanager
