@@ -19,8 +19,8 @@ from torch import nn
 from transformers import GenerationConfig, MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 from .policy import Policy
-from .models import Decoder, SHIPPED, check_pair, load_model
-from .engine import Engine, GraphEngine
+from .models import Decoder, SHIPPED, check_pair, decoder_for, load_model
+from .engine import GraphEngine
 from .decode import BigLittleDecoder
 from .trace import outside, pass_times
 
@@ -92,7 +92,7 @@ KINDS = dict(cpu=('plain', 'fp32', 'int8'), cuda=('plain', 'bf16'))  # what is m
 
 def backends(model, kinds=None) -> dict:
     "A decoder of each kind around `model`"
-    make = dict(plain=lambda: Decoder(model), fp32=lambda: Engine(model), int8=lambda: Engine(model, int8=True), bf16=lambda: GraphEngine(model))
+    make = dict(plain=lambda: Decoder(model), fp32=lambda: decoder_for(model), int8=lambda: decoder_for(model, int8=True), bf16=lambda: GraphEngine(model))
     return {kind: make[kind]() for kind in kinds or KINDS[model.device.type]}
 
 def pass_rows(which: str, decoders: dict, source, speed: float, ks=KS, repeats: int = 7) -> list[dict]:
@@ -205,7 +205,8 @@ def standings(rows: list[dict], base: str) -> dict:
 # %% ../nbs/07_bench.ipynb #0941f6b6
 def systems(large, small, new: int = 64, forced: bool = True, turns=None, policy=Policy.bild(.3, 5), folder=None) -> tuple[dict, list]:
     "What is compared, by name, and notes about what is missing"
-    made, peers, notes, device = {}, {}, [], large.device.type
+    made, peers, notes, pairs, device = {}, {}, [], {}, large.device.type
+    bild = lambda: replayed(turns or recorded()) if forced else policy
     kinds, base = KINDS[device], KINDS[device][1]
     try:  # first, while there is room for a copy of the large model
         convert(large, Path(folder)); gc.collect()
@@ -214,9 +215,10 @@ def systems(large, small, new: int = 64, forced: bool = True, turns=None, policy
     for kind in kinds:
         (a,), (b,) = (list(backends(m, (kind,)).values()) for m in (large, small))
         if forced: a.eos = b.eos = set()  # a recording goes on to its end
-        made[f'large, {kind}'] = loop(a, b, Policy.large(), new)
-        made[f'BiLD, {kind}'] = loop(a, b, replayed(turns or recorded()) if forced else policy, new)
+        pairs[kind] = a, b
+        made |= {f'large, {kind}': loop(a, b, Policy.large(), new), f'BiLD, {kind}': loop(a, b, bild(), new)}
         if kind == base: made[f'lossless, {kind}'] = loop(a, b, Policy.lossless(.5), new)
+    if device == 'cpu': made['BiLD, fp32, small int8'] = loop(pairs['fp32'][0], pairs['int8'][1], bild(), new)
     made['transformers large'], made['transformers assisted'] = hf(large, new, forced), hf(large, new, forced, small)
     return made | peers, notes
 

@@ -199,7 +199,7 @@ def _generate(self,
     t0, t, y = time.perf_counter(), Trace(tokenizer=self.large.tokenizer), list(self.large.start)
     asked = [self.large]*self.policy.uses_large + [self.small]*self.policy.uses_small
     self.large.length = self.small.length = 0
-    with evaluating(*(d.model for d in asked)), same_threads():
+    with evaluating(*(d.model for d in asked if not d.snapshot)), same_threads():
         ids, mask = strip(input_ids.to(asked[0].device), attention_mask)
         for d in asked: use_threads(d); d.prefill(ids, mask); d.reserve(min(limit, 1024))  # now, rather than in the loop
         t.encoder_ms = (time.perf_counter() - t0)*1e3

@@ -77,7 +77,7 @@ class Positions:
         far = torch.arange(1 - size, size, device=a.relative_attention_bias.weight.device)  # key minus query
         bucket = a._relative_position_bucket(far, not a.is_decoder, a.relative_attention_num_buckets, a.relative_attention_max_distance)
         line = a.relative_attention_bias(bucket).detach().T.to(self.dtype)                   # (heads, 2 size - 1)
-        self.line = line.masked_fill(far > 0, -torch.inf) if a.is_decoder else line
+        self.line = (line.masked_fill(far > 0, -torch.inf) if a.is_decoder else line).contiguous()
 
 # %% ../nbs/02_engine.ipynb #c08c4673
 def _window(self,
@@ -178,6 +178,7 @@ NAMES = {torch.float32: 'fp32', torch.bfloat16: 'bf16'}
 
 class Engine(Decoder):
     "A T5 or mT5 as the loop uses it, on a static cache and packed weights: a snapshot of `model`"
+    snapshot = True
     def __init__(self,
                  model,           # a `T5ForConditionalGeneration` or `MT5ForConditionalGeneration`
                  tokenizer=None,
@@ -204,6 +205,9 @@ def _build(self, model, linear, steps):
     scaled = type(model) is T5ForConditionalGeneration and c.scale_decoder_outputs
     self.encoder_norm, self.norm = norm(enc.final_layer_norm, dtype), norm(dec.final_layer_norm, dtype, c.d_model**-.5 if scaled else 1.)
     self.lm_head = steps(model.lm_head.weight.to(dtype))
+
+# %% ../nbs/02_engine.ipynb #1a73dc48
+Engine.device = property(lambda self: self.embedding.device)
 
 # %% ../nbs/02_engine.ipynb #2e2bd098
 def _encoded(self, input_ids: Tensor, hidden: Tensor | None) -> Tensor: # (source length, d_model)

@@ -279,7 +279,7 @@ def batchable(decoder) -> bool:
     "Whether transformers' `generate` gives what the loop would"
     c = decoder.model.config
     deep = getattr(c, 'decoder_layers', getattr(c, 'num_decoder_layers', 0)) > c.num_hidden_layers  # its cache has a layer for each of the encoder's
-    return not deep and not _unused(decoder.model) and len(decoder.start) == 1 and decoder.backend != 'engine, int8'
+    return not deep and not _unused(decoder.model) and len(decoder.start) == 1 and 'int8' not in decoder.backend
 
 def alone_batched(decoder, which: str, ids: list, new: int) -> list: # as `measure` gives them; None where the loop must do it
     "Greedy texts of one model alone for a batch of sources"
@@ -324,7 +324,7 @@ def describe(decoder, name: str) -> dict:
     "A model in `run.json`"
     m = decoder.model
     return dict(name=name, revision=getattr(m.config, '_commit_hash', None), fingerprint=fingerprint(m), parameters=sum(p.numel() for p in m.parameters()),
-                dtype='int8' if decoder.backend == 'engine, int8' else str(m.dtype)[6:], backend=decoder.backend, vocabulary=decoder.vocab)
+                dtype='int8' if 'int8' in decoder.backend else str(m.dtype)[6:], backend=decoder.backend, vocabulary=decoder.vocab)
 
 def environment(device) -> tuple: # versions, hardware
     "What texts and times depend on"

@@ -140,11 +140,11 @@ def outside(decoder,  # a `BigLittleDecoder`, on a CPU
         def g(*args, **kw):
             t0 = time.perf_counter(); out = f(*args, **kw); inside.append(time.perf_counter() - t0); return out
         return g
-    for x in (decoder.large, decoder.small): x.forward, x.prefill = timed(x.forward), timed(x.prefill)
+    for x in (decoder.large, decoder.small): x.read, x.prefill = timed(x.read), timed(x.prefill)
     t0 = time.perf_counter()
     for s in sources: decoder.generate(s, **kwargs)
     total = time.perf_counter() - t0
-    for x in (decoder.large, decoder.small): del x.forward, x.prefill
+    for x in (decoder.large, decoder.small): del x.read, x.prefill
     return 1 - sum(inside)/total, total
 
 # %% ../nbs/04_trace.ipynb #51782915
