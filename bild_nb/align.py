@@ -10,26 +10,28 @@ __all__ = ['FORMATS', 'SOURCES', 'TARGETS', 'RESULT', 'WORK', 'OBJECTIVES', 'REC
            'calibration_card', 'calibration_settings', 'begin', 'work_off', 'calibrate', 'parts', 'finish', 'disk',
            'read_calibration', 'check_tokenizer', 'encode_pairs', 'sequence', 'forward', 'reverse', 'js', 'own_drafts',
            'agreement', 'Recipe', 'check_recipe', 'AlignTrainer', 'mean_agreement', 'align_arguments', 'Ends',
-           'steps_per_epoch', 'plan', 'Bar', 'new_trainer', 'hold_out', 'step_seconds', 'duration', 'checkpoint_state',
-           'stale', 'over', 'tune', 'check_objective', 'check_room', 'begin_align', 'read_alignment', 'curve',
-           'alignment_card', 'write_model', 'align', 'align_settings', 'tune_rates', 'announce', 'load_best',
-           'load_weights']
+           'steps_per_epoch', 'plan', 'Bar', 'new_trainer', 'hold_out', 'step_seconds', 'duration', 'ranking', 'kept',
+           'keep', 'link', 'Keep', 'checkpoint_state', 'stale', 'over', 'tune', 'ladder', 'text_loss', 'time_at',
+           'Race', 'new_race', 'choose', 'load_weights', 'raced', 'chosen', 'check_objective', 'check_room',
+           'begin_align', 'read_alignment', 'curve', 'finalist_table', 'alignment_card', 'write_model', 'align',
+           'align_settings', 'tune_rates', 'announce']
 
 # %% ../nbs/10_align.ipynb #55196b20
-import atexit, fcntl, gzip, hashlib, json, math, os, random, shutil, sys, time, warnings, zlib
+import atexit, copy, fcntl, gzip, hashlib, json, math, os, random, shutil, sys, time, warnings, zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
-import torch
+import numpy as np, torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EarlyStoppingCallback, GenerationConfig, PrinterCallback, Seq2SeqTrainingArguments, TrainerCallback
-from .decode import evaluating
-from .models import special
-from .policy import Greedy, Policy, Scores, score
+from .decode import BigLittleDecoder, evaluating
+from .models import Decoder, check_pair, decoder_for, load_model, special
+from .policy import NLL, Greedy, Policy, Scores, score
+from .trace import cost, pair_times
 from .train import BudgetTrainer, TokenBatches, adafactor, cheap_dropout, encode, last_checkpoint, save_half
 
 # %% ../nbs/10_align.ipynb #ed207402
@@ -501,7 +503,7 @@ def agreement(
 @dataclass(frozen=True)
 class Recipe:
     "How to train; every value is an option of `bild align`"
-    lr: tuple = (2e-3,)           # rates to try; the best by agreement is kept
+    lr: tuple = (2e-3,)           # rates to try; the best checkpoint of all is kept
     relative: bool = True         # steps in proportion to the size of a matrix, or absolute ones (Adafactor)
     schedule: str = 'linear'      # of the rate: `linear` (to zero) or `constant`
     warmup: int = 0               # steps
@@ -512,6 +514,7 @@ class Recipe:
     accumulate: int = 1           # batches a step
     every: int|None = None        # steps between checkpoints; None: an epoch
     patience: int|None = 3        # checkpoints without a better agreement before it stops
+    finalists: int = 3            # checkpoints with the best agreement that are run for their speed; 1: the agreement decides
     clip: float = 0.              # largest norm of the gradient; 0: any
     checkpointing: bool = False   # compute activations twice, to save memory
     bf16: bool = False            # multiply in bfloat16
@@ -522,7 +525,7 @@ RECIPES = dict(paper=Recipe(lr=(.5e-4, 1e-4, 2e-4, 5e-4), relative=False, schedu
 
 def check_recipe(r:Recipe)->Recipe:
     "`r`, if it can be trained with"
-    for name in ('epochs', 'steps', 'batch', 'max_tokens', 'accumulate', 'every', 'patience'):
+    for name in ('epochs', 'steps', 'batch', 'max_tokens', 'accumulate', 'every', 'patience', 'finalists'):
         if (v := getattr(r, name)) is not None and not v > 0: raise ValueError(f'{name} is {v}: it must be above 0')
     if not r.lr or not all(0 < x < math.inf for x in r.lr): raise ValueError(f'lr is {r.lr}: rates above 0 are needed')
     if r.schedule not in ('linear', 'constant'): raise ValueError(f'schedule is {r.schedule!r}: there are linear and constant')
@@ -686,6 +689,42 @@ def duration(seconds:float)->str:
         if seconds >= 2*n: return f'{seconds/n:.1f} {unit}'
     return f'{math.ceil(seconds)} s'
 
+# %% ../nbs/10_align.ipynb #0832a3b0
+def ranking(
+    logs:dict, # of the trainers, by rate
+)->list[dict]: # lr, step, agreement
+    "All checkpoints, the best agreement first"
+    found = [dict(lr=lr, step=r['step'], agreement=r['eval_agreement']) for lr, log in logs.items() for r in log if 'eval_agreement' in r]
+    return sorted(found, key=lambda c: -c['agreement'])
+
+def kept(work:Path, c:dict)->Path: return work/f'lr-{c["lr"]:g}'/f'kept-{c["step"]}'
+
+def keep(
+    folder:Path, # of a trainer
+    log:list[dict], # its own
+    n:int, # checkpoints
+):
+    "Let the weights of the best checkpoints outlive the trainer's rotation, and drop those that are no longer among them"
+    best, part = {f'kept-{c["step"]}': f'checkpoint-{c["step"]}' for c in ranking({0: log})[:n]}, folder/'part'
+    for name, checkpoint in best.items():
+        if (folder/name).exists(): continue
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for f in [folder/checkpoint/'config.json', *(folder/checkpoint).glob('model*')]: link(f, part/f.name)
+        part.rename(folder/name)
+    for old in folder.glob('kept-*'): old.name in best or shutil.rmtree(old)
+
+def link(file:Path, to:Path):
+    "A second name for a file; a copy where the file system has none"
+    try: os.link(file, to)
+    except OSError: shutil.copy2(file, to)
+
+class Keep(TrainerCallback):
+    "`keep` after each checkpoint"
+    def __init__(self, n:int): self.n = n
+    def on_save(self, args, state, control, **kw):
+        if state.is_world_process_zero: keep(Path(args.output_dir), state.log_history, self.n)
+
 # %% ../nbs/10_align.ipynb #ae252528
 def checkpoint_state(
     folder:Path, # of a trainer
@@ -707,10 +746,13 @@ def over(state:dict|None, steps:int, patience:int|None)->bool:
 def tune(
     trainer:AlignTrainer, # ready to go
     patience:int|None=None, # checkpoints without a better agreement before it stops
+    finalists:int=1, # checkpoints whose weights are kept
 )->dict: # the trainer's last state
     "Train to the end, from the last whole checkpoint if there is one"
     folder, steps = Path(trainer.args.output_dir), trainer.args.max_steps
     last, state = checkpoint_state(folder)
+    if state and trainer.is_world_process_zero(): keep(folder, state['log_history'], finalists)  # killed before it was kept
+    trainer.add_callback(Keep(finalists))
     if not over(state, steps, patience):
         if patience:
             stop = EarlyStoppingCallback(patience)
@@ -722,6 +764,103 @@ def tune(
     return state
 
 # %% ../nbs/10_align.ipynb #45796b9c
+def ladder(policy:Policy)->list[Policy]: # the asked one first, then lossless, stricter, looser
+    "Policies that differ in their rollback alone"
+    exact = Policy(policy.draft, Greedy(), policy.max_draft)
+    return list(dict.fromkeys([policy, exact, *(replace(policy, accept=replace(policy.accept, threshold=x*policy.accept.threshold), name='') for x in (.5, 2))]))
+
+def text_loss(output:str, reference:str, chrf)->float: # 0 to 1
+    "1 - chrF of a text against the large model's own"
+    return 0. if output == reference else 1 - chrf.sentence_score(output, [reference]).score/100
+
+def time_at(
+    points:list[tuple], # (loss, ms) of one model
+    loss:float, # that is allowed
+)->float: # ms
+    "The shortest time at that loss, on straight lines between the points; a rung that is slower than a stricter one is not taken"
+    x, y = zip(*sorted(points))
+    return float(np.interp(loss, x, list(accumulate(y, min))))
+
+# %% ../nbs/10_align.ipynb #11d77d56
+@dataclass
+class Race:
+    "Small models that draft for the same large one on the same texts"
+    large: Decoder
+    tokenizer: object
+    sources: list        # (1, length) int64 tensors
+    policies: list       # of a `ladder`
+    times: dict          # ms of single passes, as `pair_times` gives them
+    max_new_tokens: int
+    def run(self, small:Decoder, policy:Policy)->tuple[list[str], float]:
+        "The texts, and the ms that their passes should take"
+        bild = BigLittleDecoder(self.large, small, policy)
+        found = [bild.generate(s, max_new_tokens=self.max_new_tokens, trace=False) for s in self.sources]
+        return self.tokenizer.batch_decode([o.sequences[0] for o in found], skip_special_tokens=True), sum(cost(o.trace[0], self.times) for o in found)
+    def points(self, small:Decoder, own:list[str])->list[tuple]:
+        "(mean loss against `own`, ms) at each policy"
+        from sacrebleu.metrics import CHRF
+        chrf, found = CHRF(), [self.run(small, p) for p in self.policies]
+        return [(sum(text_loss(a, b, chrf) for a, b in zip(texts, own))/len(own), ms) for texts, ms in found]
+
+def new_race(
+    large, small, tokenizer, # the small one before training
+    sources:list[list[int]], # token ids
+    policy:Policy, # the asked one
+    max_new_tokens:int=128, # longest output
+)->Race:
+    "A race with pass times of this machine, on a source of median length"
+    big, sources = decoder_for(large, tokenizer), [torch.tensor([i], device=large.device) for i in sources]
+    typical = sorted(sources, key=lambda s: s.shape[1])[len(sources)//2]
+    return Race(big, tokenizer, sources, ladder(policy), pair_times(big, decoder_for(small, tokenizer), typical, repeats=21), max_new_tokens)
+
+# %% ../nbs/10_align.ipynb #3f877da0
+def choose(
+    race:Race, # with the asked policy first
+    small, # as it was before training; holds other weights in the end
+    finalists:list[dict], # lr, step, agreement; the best agreement first
+    work:Path, # where their weights are kept
+    say=print, # takes a line of progress
+)->dict: # `best`, `finalists` with their speeds, `speed`: before training, and what it was measured at
+    "The fastest finalist at the quality that there was before training"
+    def points(): return race.points(decoder_for(small, race.tokenizer), own)
+    own, alone = race.run(decoder_for(small, race.tokenizer), Policy.large())
+    first = points()
+    loss = first[0][0]
+    def speed(points): return round(alone/time_at(points, loss), 2)
+    said = dict(before=speed(first), loss=loss, texts=len(own), pass_times=race.times)
+    say(f'speed at equal quality (a loss of {loss:.3f}; the large model alone is 1): {said["before"]:.2f} before')
+    for f in finalists:
+        load_weights(small, kept(work, f))
+        f['speed'] = speed(points())
+        say(f'rate {f["lr"]:g}, step {f["step"]}: agreement {f["agreement"]:.3f}, speed {f["speed"]:.2f}')
+    return dict(best=max(finalists, key=lambda f: f['speed']), finalists=finalists, speed=said)
+
+def load_weights(small, folder:Path): small.load_state_dict(load_model(str(folder), 'small', 'cpu')[0].state_dict())
+
+# %% ../nbs/10_align.ipynb #af9015a5
+def raced(policy:Policy, large, recipe:Recipe)->bool: return recipe.finalists > 1 and large is not None and isinstance(policy.accept, NLL)
+
+def chosen(
+    logs:dict, # of the trainers, by rate
+    work:Path, # where they worked
+    small, large, tokenizer, # the small one before training
+    valid, # with `input_ids`
+    policy:Policy, # the asked one
+    recipe:Recipe, # with the number of finalists
+    max_new_tokens:int=128, # longest output
+    texts:int=100, # to run on, the first of `valid`
+    say=print, # takes a line of progress
+)->dict: # `best`, `finalists` and, where it was measured, `speed`
+    "The best checkpoint of all rates"
+    file, finalists = work/'choice.json', ranking(logs)[:recipe.finalists]
+    if processes().is_main_process and not file.exists():
+        choice = dict(best=finalists[0], finalists=finalists)
+        if raced(policy, large, recipe) and len(finalists) > 1: choice = choose(new_race(large, small.to(large.device), tokenizer, valid['input_ids'][:texts], policy, max_new_tokens), small, finalists, work, say)
+        replace_file(file, lambda p: p.write_text(json.dumps(choice)))
+    processes().wait_for_everyone()
+    return json.loads(file.read_text())
+
+# %% ../nbs/10_align.ipynb #0f20e856
 def check_objective(objective:str, on_policy:float, temperature:float, policy:Policy, large):
     "Refuse what cannot work together, before any model is trained"
     if objective not in OBJECTIVES: raise ValueError(f'objective {objective!r}: there are {", ".join(OBJECTIVES)}')
@@ -731,9 +870,9 @@ def check_objective(objective:str, on_policy:float, temperature:float, policy:Po
     if large is None and objective != 'sequence': raise ValueError(f'objective {objective} needs the large model: name it with --large')
     if large is None and policy.accept != Greedy(): raise ValueError(f'agreement at {policy} needs the large model: name it with --large, or measure at lossless:FB')
 
-def check_room(out:Path, small):
-    "Refuse to begin where three checkpoints and the result do not fit"
-    need, free = 16*small.num_parameters(), shutil.disk_usage(out).free
+def check_room(out:Path, small, finalists:int=1):
+    "Refuse to begin where three checkpoints, the other finalists and the result do not fit"
+    need, free = 4*(3 + finalists)*small.num_parameters(), shutil.disk_usage(out).free
     if free < need: raise ValueError(f'{out} has {free/1e9:.1f} GB free and training needs about {need/1e9:.1f}: make room, or name another --out')
 
 def begin_align(out:Path, settings:dict, restart:bool):
@@ -743,7 +882,7 @@ def begin_align(out:Path, settings:dict, restart:bool):
         result.unlink(missing_ok=True)
         for f in work.iterdir(): shutil.rmtree(f) if f.is_dir() else f.name == 'lock' or f.unlink()
     old = read_alignment(out)['settings'] if result.exists() else json.loads((work/'settings.json').read_text()) if (work/'settings.json').exists() else settings
-    check_same(old, settings, out)
+    check_same({'finalists': 1, **old}, settings, out)  # it was not said before there were any
     replace_file(work/'settings.json', lambda p: p.write_text(json.dumps(settings)))
 
 def read_alignment(out)->dict:
@@ -755,6 +894,17 @@ def curve(state:dict)->list[dict]:
     "What a trainer logged, without times"
     names = 'step', 'loss', 'learning_rate', 'eval_loss', 'eval_agreement'
     return [{k: r[k] for k in names if k in r} for r in state['log_history'] if 'loss' in r or 'eval_loss' in r]
+
+def finalist_table(result:dict)->str: # markdown; empty where no speed was measured
+    "The finalists, and what they were before training"
+    if (s := result.get('speed')) is None: return ''
+    rows = [('before', '', result['before'], s['before']), *((f'{f["lr"]:g}', f['step'], f['agreement'], f['speed']) for f in result['finalists'])]
+    return f'''
+It is the fastest of the checkpoints with the best agreement. Speed relative to the large model alone, at equal quality (a loss of {s['loss']:.3f} on {s['texts']} texts, 1 - chrF against the large model's own; as it was before), predicted from counted passes:
+
+| lr | step | agreement | speed |
+|---|---|---|---|
+''' + ''.join(f'| {lr} | {step} | {a:.3f} | {v:.2f} |\n' for lr, step, a, v in rows)
 
 def alignment_card(result:dict)->str: # markdown
     "The model card"
@@ -769,7 +919,7 @@ tags: [bild, aligned, draft-model]
 The small model `{s['small']}` fine-tuned on the outputs of the large model `{s['large']}`, to draft for it in the Big Little Decoder (Kim et al. 2023, section 3.5.1). It is meant to be used with that large model, not alone.
 
 On {result['held_out']} held-out texts, at the thresholds `{s['policy']}`: the share of the large model's tokens that it drafts and the large model keeps was {result['before']:.3f} before and is {best['agreement']:.3f} now.
-
+{finalist_table(result)}
 | setting | value |
 |---|---|
 {lines}
@@ -803,7 +953,7 @@ def align(
     half:bool=False, # write the weights in fp16
     restart:bool=False, # throw away what is there
     progress:bool=True, # say on stderr how long it takes, and show a bar
-)->dict: # settings, agreement before, the best (lr, step, agreement) and the log of each rate
+)->dict: # settings, agreement before, the best (lr, step, agreement, speed), the finalists, speed before, and the log of each rate
     "Fine-tune `small` on the large model's outputs (paper, section 3.5.1). Raises `ValueError` for settings that cannot work, `FloatingPointError` for a loss that is no number"
     state, out, policy = processes(), Path(out), policy or (Policy.lossless(.6) if large is None else Policy.bild(.6, 2))
     check_objective(objective, on_policy, temperature, policy, large)
@@ -811,12 +961,17 @@ def align(
     train, valid = [encode_pairs(d, tokenizer, prefix, max_source, max_target) for d in (train, valid)]
     settings = align_settings(small, tokenizer, large, names, train, valid, recipe, state.num_processes, objective=objective, on_policy=on_policy, temperature=temperature,
                               policy=str(policy), prefix=prefix, max_source=max_source, max_target=max_target)
+    work, start = out/'.align', copy.deepcopy(small)
+    if raced(policy, large, recipe): check_pair(Decoder(large, tokenizer), Decoder(start.to(large.device), tokenizer))
     with ExitStack() as stack, disk(out):
-        if state.is_main_process: stack.enter_context(locked(out/'.align', out/'alignment.json')); begin_align(out, settings, restart); check_room(out, small)
+        if state.is_main_process: stack.enter_context(locked(work, out/'alignment.json')); begin_align(out, settings, restart); check_room(out, small, recipe.finalists)
         state.wait_for_everyone()
         if not (out/'alignment.json').exists():
-            runs, before = tune_rates(small, tokenizer, train, valid, out/'.align', recipe, progress, large=large, objective=objective, on_policy=on_policy, temperature=temperature, max_new_tokens=max_target, policy=policy)
-            result = dict(settings=settings, held_out=len(valid), before=before, best=load_best(small, out/'.align', runs), runs={f'{lr:g}': curve(s) for lr, s in runs.items()})
+            runs, before = tune_rates(small, start, tokenizer, train, valid, work, recipe, progress, large=large, objective=objective, on_policy=on_policy, temperature=temperature, max_new_tokens=max_target, policy=policy)
+            say = (lambda line: print(line, file=sys.stderr)) if progress else lambda line: None
+            choice = chosen({lr: s['log_history'] for lr, s in runs.items()}, work, start, large, tokenizer, valid, policy, recipe, max_target, say=say)
+            load_weights(small, kept(work, choice['best']))
+            result = dict(settings=settings, held_out=len(valid), before=before, **choice, runs={f'{lr:g}': curve(s) for lr, s in runs.items()})
             if state.is_main_process: write_model(small, tokenizer, out, result, half)
             state.wait_for_everyone()
         else: load_weights(small, out)
@@ -830,30 +985,20 @@ def align_settings(small, tokenizer, large, names, train, valid, recipe, n, **gi
     return dict(small=names[0], large=names[1], license=names[2], **given, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}, processes=n, data=data[0],
                 small_weights=model_digest(small), large_weights=None if large is None else model_digest(large), tokenizer=tokenizer_digest(tokenizer))
 
-def tune_rates(small, tokenizer, train, valid, work:Path, recipe:Recipe, progress:bool, **kwargs)->tuple[dict, float]: # states by rate; agreement before
+def tune_rates(small, start, tokenizer, train, valid, work:Path, recipe:Recipe, progress:bool, **kwargs)->tuple[dict, float]: # states by rate; agreement before
     "One training for each rate, all from the same weights"
-    start = {k: v.detach().clone() for k, v in small.state_dict().items()}
     if not torch.cuda.is_available(): cheap_dropout(small)
     runs, before = {}, None
     for lr in recipe.lr:
-        small.load_state_dict(start)
+        small.load_state_dict(start.state_dict())
         trainer = new_trainer(small, tokenizer, train, valid, work/f'lr-{lr:g}', recipe, lr, progress, **kwargs)
         if before is None:
             if progress and trainer.is_world_process_zero(): announce(trainer, recipe)
             before = trainer.evaluate()['eval_agreement']
-        runs[lr] = tune(trainer, recipe.patience)
+        runs[lr] = tune(trainer, recipe.patience, recipe.finalists)
     return runs, before
 
 def announce(trainer, recipe:Recipe):
     "What is about to happen"
     n, steps = len(recipe.lr), trainer.args.max_steps
     print(f'{len(trainer.train_dataset)} pairs, {steps} steps' + (f' for each of {n} rates' if n > 1 else '') + f', about {duration(n*steps*step_seconds(trainer))}' + (' or less (early stopping)' if recipe.patience else ''), file=sys.stderr)
-
-def load_best(small, work:Path, runs:dict)->dict:
-    "Load the checkpoint with the best agreement of all rates into `small`"
-    lr = max(runs, key=lambda lr: runs[lr]['best_metric'])
-    step = runs[lr]['best_global_step']
-    load_weights(small, work/f'lr-{lr:g}'/f'checkpoint-{step}')
-    return dict(lr=lr, step=step, agreement=runs[lr]['best_metric'])
-
-def load_weights(small, folder:Path): small.load_state_dict(type(small).from_pretrained(folder, dtype=torch.float32).state_dict())

@@ -549,8 +549,8 @@ def align(calibration: Annotated[str, typer.Option(metavar='DIR', help='a set th
           temperature: Annotated[float, typer.Option(metavar='T', help='of these drafts; 0 is greedy')] = 1.,
           policy: Annotated[str | None, typer.Option(metavar='FB,RB', help='thresholds at which agreement is measured', show_default='0.6,2, or lossless:0.6 without a large model')] = None,
           recipe: Annotated[str | None, typer.Option(metavar='R', help='paper or epochs', show_default='paper for the four benchmarks')] = None,
-          lr: option(list[float], 'rate; may be given again: the best by agreement is kept', metavar='X') = None, schedule: option(str, 'linear (to zero) or constant', metavar='S') = None, warmup: option(int, 'steps to reach the rate', min=0, metavar='N') = None, epochs: option(float, 'passes over the data', metavar='N') = None, steps: option(int, 'instead of --epochs', min=1, metavar='N') = None, batch: option(int, 'pairs a batch', min=1, metavar='N') = None, max_tokens: option(int, 'instead of --batch: padded tokens', min=1, metavar='N') = None,
-          accumulate: option(int, 'batches a step', min=1, metavar='N') = None, every: option(int, 'steps between checkpoints', min=1, metavar='N') = None, patience: option(int, 'checkpoints without a better agreement before it stops', min=1, metavar='N') = None,
+          lr: option(list[float], 'rate; may be given again: the best checkpoint of all is kept', metavar='X') = None, schedule: option(str, 'linear (to zero) or constant', metavar='S') = None, warmup: option(int, 'steps to reach the rate', min=0, metavar='N') = None, epochs: option(float, 'passes over the data', metavar='N') = None, steps: option(int, 'instead of --epochs', min=1, metavar='N') = None, batch: option(int, 'pairs a batch', min=1, metavar='N') = None, max_tokens: option(int, 'instead of --batch: padded tokens', min=1, metavar='N') = None,
+          accumulate: option(int, 'batches a step', min=1, metavar='N') = None, every: option(int, 'steps between checkpoints', min=1, metavar='N') = None, patience: option(int, 'checkpoints without a better agreement before it stops', min=1, metavar='N') = None, finalists: option(int, 'checkpoints with the best agreement that are run for their speed; 1: the agreement decides', min=1, metavar='N') = None,
           relative: option(bool, 'steps in proportion to the weights') = None, clip: option(float, 'largest norm of the gradient; 0 for any', min=0., metavar='X') = None,
           checkpointing: Annotated[bool, typer.Option('--gradient-checkpointing', help='save memory, take longer')] = False, bf16: Annotated[bool, typer.Option('--bf16', help='multiply in bfloat16')] = False, seed: Annotated[int, typer.Option(metavar='N', help='of order, dropout, drafts and held-out texts')] = 0,
           valid: Annotated[str | None, typer.Option(metavar='DIR', help='another such set, to measure agreement on', show_default='a part is held out')] = None,
@@ -566,7 +566,7 @@ def align(calibration: Annotated[str, typer.Option(metavar='DIR', help='a set th
         from bild_nb.models import load_model
         pairs, made = read_calibration(calibration, source_column, target_column)
         how = chosen_recipe(recipe, made.get('task'), dict(lr=tuple(lr) if lr else None, schedule=schedule, warmup=warmup, epochs=epochs, steps=steps, batch=batch, max_tokens=max_tokens, accumulate=accumulate,
-                                                          every=every, patience=patience, relative=relative, clip=clip, checkpointing=checkpointing or None, bf16=bf16 or None, seed=seed))
+                                                          every=every, patience=patience, finalists=finalists, relative=relative, clip=clip, checkpointing=checkpointing or None, bf16=bf16 or None, seed=seed))
         model, tokenizer = load_model(small, 'small', str(state.device))
         if tokenizer is None: raise ValueError(f'{small}: the folder has no tokenizer')
         check_tokenizer(made, tokenizer, calibration)
@@ -574,7 +574,8 @@ def align(calibration: Annotated[str, typer.Option(metavar='DIR', help='a set th
         result = run(model, tokenizer, pairs, out, big, how, objective, on_policy, temperature, rule, read_calibration(valid, source_column, target_column)[0] if valid else None, examples,
                      made.get('prefix', '') if prefix is None else prefix, max_source or made.get('max_source'), max_target, (called(small), name, license or made.get('license', 'unknown')), stored_half(small), restart)
         if state.is_main_process: typer.echo(json.dumps(dict(out=str(out), **result)) if as_json else
-            f'{out}: agreement at {result["settings"]["policy"]} {result["before"]:.3f} before, {result["best"]["agreement"]:.3f} now (rate {result["best"]["lr"]:g}, step {result["best"]["step"]})')
+            f'{out}: agreement at {result["settings"]["policy"]} {result["before"]:.3f} before, {result["best"]["agreement"]:.3f} now (rate {result["best"]["lr"]:g}, step {result["best"]["step"]})'
+            + (f'; speed at equal quality {result["speed"]["before"]:.2f} before, {result["best"]["speed"]:.2f} now' if 'speed' in result else ''))
 
 # %% ../nbs/90_cli.ipynb #78d3edaa
 @app.command(epilog='Example: bild tasks --json')

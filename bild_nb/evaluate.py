@@ -8,8 +8,8 @@ __all__ = ['SENTENCE_END', 'METRICS', 'FORMAT', 'COUNTS', 'Bleu', 'sentence_spli
            'record', 'trace_of', 'batchable', 'alone_batched', 'untimed', 'fingerprint', 'describe', 'environment',
            'identity', 'progress', 'typical', 'systems', 'odd', 'evaluate', 'sources', 'work', 'Results', 'read_run',
            'score_samples', 'predicted_gain', 'result_rows', 'speed', 'grid', 'gain', 'front', 'spread', 'sweep',
-           'Generations', 'difference', 'fastest_first', 'p_values', 'needed', 'safest_first', 'promised', 'text_loss',
-           'halves', 'Goal', 'search', 'promise', 'tune']
+           'Generations', 'difference', 'fastest_first', 'p_values', 'needed', 'safest_first', 'promised', 'halves',
+           'Goal', 'search', 'promise', 'tune']
 
 # %% ../nbs/21_evaluate.ipynb #50a658fa
 import gzip, json, math, os, re, sys, time, warnings
@@ -23,7 +23,7 @@ from .policy import Policy, parse_policy
 from .models import _unused
 from .decode import BigLittleDecoder, Trace, evaluating
 from .trace import pair_times, predict, shares, synchronize
-from .align import check_same, lock, processes, replace_file, whole_lines
+from .align import check_same, lock, processes, replace_file, text_loss, whole_lines
 from .tasks import Rows, Task, cut_reference, decode
 
 # %% ../nbs/21_evaluate.ipynb #8d4d5ff5
@@ -587,11 +587,6 @@ def promised(order: list, loss, bound: float, confidence: float): # trials
         p = float(p_values(found, bound, 1 - confidence))
         yield dict(policy=c, examples=len(found), loss=float(np.mean(found)), p=p, chosen=p <= 1 - confidence)
         if p > 1 - confidence: return
-
-# %% ../nbs/21_evaluate.ipynb #26355b5c
-def text_loss(output: str, reference: str, chrf) -> float: # 0 to 1
-    "1 - chrF of a text against the large model's own"
-    return 0. if output == reference else 1 - chrf.sentence_score(output, [reference]).score/100
 
 # %% ../nbs/21_evaluate.ipynb #6ccba620
 def halves(rows: Rows, n: int, held: int, seed: int = 0) -> tuple: # search, held out
