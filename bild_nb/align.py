@@ -31,7 +31,7 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EarlySto
 from .decode import BigLittleDecoder, evaluating
 from .models import Decoder, check_pair, decoder_for, load_model, special
 from .policy import NLL, Greedy, Policy, Scores, score
-from .trace import cost, pair_times
+from .trace import cost, mean_length, pair_times
 from .train import BudgetTrainer, TokenBatches, adafactor, cheap_dropout, encode, last_checkpoint, save_half
 
 # %% ../nbs/10_align.ipynb #ed207402
@@ -808,10 +808,9 @@ def new_race(
     policy:Policy, # the asked one
     max_new_tokens:int=128, # longest output
 )->Race:
-    "A race with pass times of this machine, on a source of median length"
+    "A race with pass times of this machine, on a source of mean length"
     big, sources = decoder_for(large, tokenizer), [torch.tensor([i], device=large.device) for i in sources]
-    typical = sorted(sources, key=lambda s: s.shape[1])[len(sources)//2]
-    return Race(big, tokenizer, sources, ladder(policy), pair_times(big, decoder_for(small, tokenizer), typical, repeats=21), max_new_tokens)
+    return Race(big, tokenizer, sources, ladder(policy), pair_times(big, decoder_for(small, tokenizer), mean_length(sources), repeats=21), max_new_tokens)
 
 # %% ../nbs/10_align.ipynb #3f877da0
 def choose(

@@ -299,13 +299,14 @@ def demo(examples: Annotated[int, typer.Option(min=1, metavar='N', help='held-ou
          out: Annotated[Path, typer.Option(metavar='DIR', help='where bild-demo.html is written')] = Path('.'),
          policy: Annotated[list[str] | None, typer.Option(metavar='FB,RB', help='thresholds to compare; may be given again', show_default=f'{CAREFUL} and {FAST}, of the unaligned pair {UNALIGNED[0]} and {UNALIGNED[1]}')] = None,
          pair: PairDir = None, large: Large = None, small: Small = None, threads: Threads = None,
-         dtype: Annotated[str | None, typer.Option('--dtype', metavar='T', help='fp32, bf16, fp16 or int8; two as LARGE,SMALL', show_default=f'{DRAFTS}, of other pairs fp32')] = None,
+         dtype: Annotated[str | None, typer.Option('--dtype', metavar='T', help='fp32, bf16, fp16 or int8; two as LARGE,SMALL', show_default=f'{DRAFTS} of the shipped pair on a CPU, else fp32')] = None,
          backend: Backend = 'auto', as_json: Json = False, debug: Debug = False):
     "Translate held-out paragraphs with large, small and BiLD: a table, and a page with a picture and traces."
     with guarded(debug):
+        import torch
         shipped = not (pair or large or small)
         systems = demo_systems(policy or [], shipped)
-        dtype = dtype or (DRAFTS if shipped else 'fp32')
+        dtype = dtype or (DRAFTS if shipped and backend != 'plain' and not torch.cuda.is_available() else 'fp32')
         models = open_pair(pair, large, small, threads, dtype, backend)
         unaligned = open_pair(pair, large, small, threads, dtype, backend, aligned=False).small if shipped else models.small
         rows, file = run_demo(models, (unaligned, models.small), systems, examples, out)

@@ -22,8 +22,8 @@ from . import __version__
 from .policy import Policy, parse_policy
 from .models import _unused
 from .decode import BigLittleDecoder, Trace, evaluating
-from .trace import pair_times, predict, shares, synchronize
-from .align import check_same, lock, processes, replace_file, text_loss, whole_lines
+from .trace import mean_length, pair_times, predict, shares, synchronize
+from .align import check_same, greedy, lock, processes, replace_file, text_loss, whole_lines
 from .tasks import Rows, Task, cut_reference, decode
 
 # %% ../nbs/21_evaluate.ipynb #8d4d5ff5
@@ -283,12 +283,11 @@ def batchable(decoder) -> bool:
 
 def alone_batched(decoder, which: str, ids: list, new: int) -> list: # as `measure` gives them; None where the loop must do it
     "Greedy texts of one model alone for a batch of sources"
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import LogitsProcessorList
     width, shared = max(x.shape[1] for x in ids), _Shared(decoder.vocab, decoder.never)
     tokens = torch.stack([torch.nn.functional.pad(x[0], (0, width - x.shape[1]), value=decoder.pad or 0) for x in ids])
     mask = torch.stack([(torch.arange(width, device=x.device) < x.shape[1]).long() for x in ids])
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new, max_length=None, eos_token_id=sorted(decoder.eos), pad_token_id=decoder.pad or 0, decoder_start_token_id=decoder.start[0])
-    with evaluating(decoder.model): out = decoder.model.generate(tokens, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([shared]))
+    with evaluating(decoder.model), greedy(decoder.model, new): out = decoder.model.generate(tokens, attention_mask=mask, logits_processor=LogitsProcessorList([shared]))
     return [None if bad else _alone(y, which, decoder.eos) for y, bad in zip(out.tolist(), shared.bad.tolist())]
 
 def _alone(tokens: list, which: str, eos: set) -> dict:
@@ -350,9 +349,8 @@ def progress(total: int, text: str, main: bool = True):
 
 # %% ../nbs/21_evaluate.ipynb #8413f45d
 def typical(pair, ids: list, protocol: Protocol, new: int) -> dict:
-    "Times of single passes of both models on a source of median length, for the cost model"
-    x = sorted(ids, key=lambda x: x.shape[1])[len(ids)//2]
-    return {which: {str(k): v for k, v in t.items()} for which, t in pair_times(pair.large, pair.small, x, ks=(1, 2, 4, 8, 11), context=min(12, new), repeats=40).items()}
+    "Times of single passes of both models on a source of mean length, for the cost model"
+    return {which: {str(k): v for k, v in t.items()} for which, t in pair_times(pair.large, pair.small, mean_length(ids), ks=(1, 2, 4, 8, 11), context=min(12, new), repeats=40).items()}
 
 def systems(policies: list) -> dict: # `Policy` by name, both models first
     "The policies of a run: vanilla large and small always run with them"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 from .engine import COLD, Positions, stacked, unsupported
 from .models import Decoder, memory, size_gb
-from .policy import Scores
+from .policy import Confidence, Scores
 
 # %% ../nbs/02b_native.ipynb #904548c1
 TYPES = r'''
@@ -532,17 +532,20 @@ def _encoded(self, ids: Tensor) -> Tensor: # (source length, d_model)
 NativeEngine.prefill, NativeEngine.encoded = _prefill, _encoded
 
 # %% ../nbs/02b_native.ipynb #4b602c2e
-def _read(self, tokens, last: int, draft: Tensor | None = None) -> Scores:
-    "As `Decoder.read`: what a policy needs of the `last` positions"
+def _run(self, tokens: list[int], last: int, draft, *out):
+    "A pass over `tokens`: what follows the `last` of them goes to the addresses `out` (logits, tokens, confidences, distances)"
     k, start = len(tokens), self.length
     self.check(tokens)
     self.reserve(start + k); self.work(k)
     self.head.out, self.state.threads = self.vocab, torch.get_num_threads() if self.shares else 1
+    self.lib.decode(ctypes.byref(self.decoder), ctypes.byref(self.state), ctypes.byref(self.head), k, (ctypes.c_int64*k)(*tokens), start, last, self.never_ids, len(self.never), draft, *out)
+    self.length = start + k
+
+def _read(self, tokens, last: int, draft: Tensor | None = None) -> Scores:
+    "As `Decoder.read`: what a policy needs of the `last` positions"
     z, token, confidence = torch.empty(last, self.vocab), torch.empty(last, dtype=torch.int64), torch.empty(last)
     nll = None if draft is None else torch.empty(last)
-    self.lib.decode(ctypes.byref(self.decoder), ctypes.byref(self.state), ctypes.byref(self.head), k, (ctypes.c_int64*k)(*tokens), start, last, self.never_ids, len(self.never),
-                    None if draft is None else draft.data_ptr(), z.data_ptr(), token.data_ptr(), confidence.data_ptr(), None if draft is None else nll.data_ptr())
-    self.length = start + k
+    self.run(tokens, last, None if draft is None else draft.data_ptr(), z.data_ptr(), token.data_ptr(), confidence.data_ptr(), None if draft is None else nll.data_ptr())
     return Scores(token, confidence, nll, z)
 
 def _forward(self, tokens, last: int | None = None) -> Tensor: # (1, last, vocabulary)
@@ -553,4 +556,16 @@ def _rollback(self, length: int):
     "Keep the first `length` tokens of the KV cache"
     self.length = min(length, self.length)
 
-NativeEngine.read, NativeEngine.forward, NativeEngine.rollback = _read, _forward, _rollback
+NativeEngine.run, NativeEngine.read, NativeEngine.forward, NativeEngine.rollback = _run, _read, _forward, _rollback
+
+# %% ../nbs/02b_native.ipynb #eb9a4137
+def _steps(self, tokens, rule, most: int):
+    "As `Decoder.steps`, without tensors where the rule is a threshold"
+    if type(rule) is not Confidence: yield from Decoder.steps(self, tokens, rule, most); return
+    z, token, p, least = torch.empty(self.vocab), ctypes.c_int64(), ctypes.c_float(), ctypes.c_float(rule.threshold).value  # in fp32, as torch compares
+    for _ in range(most):
+        self.run(tokens, 1, None, z.data_ptr(), ctypes.byref(token), ctypes.byref(p), None)
+        tokens = [token.value]
+        yield p.value, token.value, p.value < least
+
+NativeEngine.steps = _steps

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'INLINE', 'NAMES', 'LEGEND', 'token_text', 'spans', 'summary', 'trace_html', 'shares', 'pass_times',
-           'synchronize', 'pair_times', 'interpolate', 'cost', 'predict', 'outside', 'turn_ms', 'tune_threads']
+           'synchronize', 'pair_times', 'mean_length', 'interpolate', 'cost', 'predict', 'outside', 'turn_ms',
+           'tune_threads']
 
 # %% ../nbs/04_trace.ipynb #7ebe4537
 import time
@@ -107,6 +108,11 @@ def pair_times(large, small, # decoders
     return {a + b: pass_times(models[b], input_ids, after=models[a], **kwargs) for a in models for b in models}
 
 # %% ../nbs/04_trace.ipynb #b3348816
+def mean_length(sources: list): # (1, length) int64 each
+    "The source whose length is nearest to the mean, so that the times of its prefill, taken for all, add up to theirs"
+    mean = sum(s.shape[1] for s in sources)/len(sources)
+    return min(sources, key=lambda s: abs(s.shape[1] - mean))
+
 def interpolate(times: dict, k: int) -> float:
     "ms of a pass over `k` tokens, on the straight line through the nearest measured sizes"
     ks = sorted(x for x in times if x != 'encoder')
@@ -140,11 +146,12 @@ def outside(decoder,  # a `BigLittleDecoder`, on a CPU
         def g(*args, **kw):
             t0 = time.perf_counter(); out = f(*args, **kw); inside.append(time.perf_counter() - t0); return out
         return g
-    for x in (decoder.large, decoder.small): x.read, x.prefill = timed(x.read), timed(x.prefill)
+    calls = [(x, name) for x in (decoder.large, decoder.small) for name in ('prefill', 'run' if hasattr(x, 'run') else 'read')]  # `run` is below `read`, and steps have it alone
+    for x, name in calls: setattr(x, name, timed(getattr(x, name)))
     t0 = time.perf_counter()
     for s in sources: decoder.generate(s, **kwargs)
     total = time.perf_counter() - t0
-    for x in (decoder.large, decoder.small): del x.read, x.prefill
+    for x, name in calls: delattr(x, name)
     return 1 - sum(inside)/total, total
 
 # %% ../nbs/04_trace.ipynb #51782915
