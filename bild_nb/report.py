@@ -209,6 +209,7 @@ def draw(ax, report: Report, task: str):
         label = 'large' if policy == 'large' else f'small ({kind})' if policy == 'small' else f'ours, {kind}'
         point(ax, r, COLOURS.get(policy, COLOURS.get(kind)), label if label not in named else None); named.add(label)
     ax.set(xlabel='speed-up over the large model', ylabel=score_name(report, task), title=task)
+    if ax.get_xlim()[1] > 4: ax.set_xscale('log'); ax.set_xticks(x := [1, 1.5, 2, 3, 5, 8], [f'{n:g}' for n in x]); ax.minorticks_off()  # a small model alone is far away
     if not found: ax.text(.98, .96, 'ours: not run', transform=ax.transAxes, ha='right', va='top')
     ax.spines[['top', 'right']].set_visible(False)
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, frameon=False)
