@@ -120,17 +120,23 @@ def plot(rows: list   # as `system_row` gives them; the large and the small mode
         fig = Figure(figsize=(6.4, 4), layout='constrained')
         ax = fig.add_subplot(xlabel='speed-up over the large model', ylabel='BLEU')
         ax.plot(*zip(*((r['speedup'], r['bleu']) for r in rows[:2])), ':', c='#888888', lw=1, zorder=1)
-        for r in rows: _point(ax, r)
+        for r in rows: _point(ax, r, _nudge(r, rows))
         ax.margins(.18, .15); ax.patch.set_alpha(0); ax.spines[['top', 'right']].set_visible(False)
         out = io.StringIO()
         fig.savefig(out, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
     return out.getvalue()[out.getvalue().index('<svg'):].replace(ink, 'currentColor')
 
-def _point(ax, r):
+def _nudge(r, rows) -> int: # points
+    "How far a name moves up or down where the next one is nearly as high"
+    span, bild = max(x['bleu'] for x in rows) - min(x['bleu'] for x in rows), rows[2:]
+    near = [x['bleu'] - r['bleu'] for x in bild if x is not r and abs(x['bleu'] - r['bleu']) < .05*span]
+    return 0 if not near else -6 if max(near, key=abs) > 0 else 6
+
+def _point(ax, r, nudge: int):
     "One system: a dot, its name and its thresholds (to the right for BiLD, below for a model alone, so that neighbours stay readable)"
     kind, alone = r['system'].split(',')[0].rstrip(' 0123456789'), r['system'] in ('large', 'small')
     ax.plot(r['speedup'], r['bleu'], 'o', ms=8, c=COLOURS[kind])
-    at, side = ((0, -17), 'center') if alone else ((8, -3), 'left')
+    at, side = ((0, -17), 'center') if alone else ((8, nudge - 3), 'left')
     ax.annotate(r['system'] + ('' if alone else f' ({r["policy"]})'), (r['speedup'], r['bleu']), xytext=at, textcoords='offset points', ha=side)
 
 # %% ../nbs/90_cli.ipynb #2ad9fca3
