@@ -14,7 +14,7 @@ __all__ = ['FORMATS', 'SOURCES', 'TARGETS', 'RESULT', 'WORK', 'OBJECTIVES', 'REC
            'keep', 'link', 'Keep', 'checkpoint_state', 'stale', 'over', 'tune', 'ladder', 'text_loss', 'time_at',
            'Race', 'new_race', 'choose', 'load_weights', 'raced', 'chosen', 'check_objective', 'check_room',
            'begin_align', 'read_alignment', 'curve', 'finalist_table', 'alignment_card', 'write_model', 'align',
-           'align_settings', 'tune_rates', 'announce']
+           'align_settings', 'train_and_choose', 'tune_rates', 'announce']
 
 # %% ../nbs/10_align.ipynb #55196b20
 import atexit, copy, fcntl, gzip, hashlib, json, math, os, random, shutil, sys, time, warnings, zlib
@@ -894,6 +894,7 @@ def curve(state:dict)->list[dict]:
     names = 'step', 'loss', 'learning_rate', 'eval_loss', 'eval_agreement'
     return [{k: r[k] for k in names if k in r} for r in state['log_history'] if 'loss' in r or 'eval_loss' in r]
 
+# %% ../nbs/10_align.ipynb #68aa5ba5
 def finalist_table(result:dict)->str: # markdown; empty where no speed was measured
     "The finalists, and what they were before training"
     if (s := result.get('speed')) is None: return ''
@@ -931,7 +932,7 @@ def write_model(small, tokenizer, out:Path, result:dict, half:bool):
     replace_file(out/'README.md', lambda p: p.write_text(alignment_card(result), encoding='utf-8'))
     replace_file(out/'alignment.json', lambda p: p.write_text(json.dumps(result, indent=1)))
 
-# %% ../nbs/10_align.ipynb #68aa5ba5
+# %% ../nbs/10_align.ipynb #eca8c2ea
 def align(
     small, # the model to train; holds the best weights in the end
     tokenizer, # of both models
@@ -966,23 +967,26 @@ def align(
         if state.is_main_process: stack.enter_context(locked(work, out/'alignment.json')); begin_align(out, settings, restart); check_room(out, small, recipe.finalists)
         state.wait_for_everyone()
         if not (out/'alignment.json').exists():
-            runs, before = tune_rates(small, start, tokenizer, train, valid, work, recipe, progress, large=large, objective=objective, on_policy=on_policy, temperature=temperature, max_new_tokens=max_target, policy=policy)
-            say = (lambda line: print(line, file=sys.stderr)) if progress else lambda line: None
-            choice = chosen({lr: s['log_history'] for lr, s in runs.items()}, work, start, large, tokenizer, valid, policy, recipe, max_target, say=say)
-            load_weights(small, kept(work, choice['best']))
-            result = dict(settings=settings, held_out=len(valid), before=before, **choice, runs={f'{lr:g}': curve(s) for lr, s in runs.items()})
+            result = dict(settings=settings, **train_and_choose(small, start, tokenizer, large, train, valid, work, recipe, policy, max_target, progress, objective=objective, on_policy=on_policy, temperature=temperature))
             if state.is_main_process: write_model(small, tokenizer, out, result, half)
-            state.wait_for_everyone()
         else: load_weights(small, out)
         state.wait_for_everyone()
     return read_alignment(out)
 
-# %% ../nbs/10_align.ipynb #eca8c2ea
+# %% ../nbs/10_align.ipynb #9827122a
 def align_settings(small, tokenizer, large, names, train, valid, recipe, n, **given)->dict:
     "All that the result depends on"
     data = [digest(list(d[c]) for d in (train, valid) for c in ('input_ids', 'labels'))]
     return dict(small=names[0], large=names[1], license=names[2], **given, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}, processes=n, data=data[0],
                 small_weights=model_digest(small), large_weights=None if large is None else model_digest(large), tokenizer=tokenizer_digest(tokenizer))
+
+def train_and_choose(small, start, tokenizer, large, train, valid, work:Path, recipe:Recipe, policy:Policy, max_new_tokens:int, progress:bool, **objective)->dict: # what `align` returns, but for the settings
+    "Train at each rate, choose among the checkpoints, and load the best weights into `small`"
+    runs, before = tune_rates(small, start, tokenizer, train, valid, work, recipe, progress, large=large, max_new_tokens=max_new_tokens, policy=policy, **objective)
+    say = (lambda line: print(line, file=sys.stderr)) if progress else lambda line: None
+    choice = chosen({lr: s['log_history'] for lr, s in runs.items()}, work, start, large, tokenizer, valid, policy, recipe, max_new_tokens, say=say)
+    load_weights(small, kept(work, choice['best']))
+    return dict(held_out=len(valid), before=before, **choice, runs={f'{lr:g}': curve(s) for lr, s in runs.items()})
 
 def tune_rates(small, start, tokenizer, train, valid, work:Path, recipe:Recipe, progress:bool, **kwargs)->tuple[dict, float]: # states by rate; agreement before
     "One training for each rate, all from the same weights"

@@ -516,6 +516,7 @@ def _prefill(self,
     self.work(n)
     self.check(input_ids[0].tolist())
     x = self.encoded(input_ids[0].contiguous()) if encoder_outputs is None else encoder_outputs[0][0].float().contiguous()
+    if x.shape != (n, self.encoder.d): raise ValueError(f'encoder outputs of shape {tuple(x.shape)} for {n} tokens of width {self.encoder.d}')
     s.n, s.source, self.length = n, -(-n//16)*16, 0
     self.cross = torch.empty(self.decoder.layers*2*s.source*self.inner)
     s.cross = self.cross.data_ptr()
@@ -536,6 +537,7 @@ def _run(self, tokens: list[int], last: int, draft, *out):
     "A pass over `tokens`: what follows the `last` of them goes to the addresses `out` (logits, tokens, confidences, distances)"
     k, start = len(tokens), self.length
     self.check(tokens)
+    if not (self.state.cross and last <= k): raise ValueError(f'{last} of {k} positions asked for' if self.state.cross else 'prefill comes before the first pass')
     self.reserve(start + k); self.work(k)
     self.head.out, self.state.threads = self.vocab, torch.get_num_threads() if self.shares else 1
     self.lib.decode(ctypes.byref(self.decoder), ctypes.byref(self.state), ctypes.byref(self.head), k, (ctypes.c_int64*k)(*tokens), start, last, self.never_ids, len(self.never), draft, *out)
