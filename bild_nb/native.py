@@ -153,7 +153,7 @@ static void quantize(const float *x, int n, uint8_t *q, float *step, int32_t *ze
 # %% ../nbs/02b_native.ipynb #b0c4d927
 PANEL8 = r'''
 enum { FOURS = PANEL*4/sizeof(I) };
-INLINE void panel8(const int R, const Matrix *m, int first, const uint8_t *x, int bytes, const float *step, const int32_t *zero, float *y, int cols, int add) {
+INLINE void panel8(const int R, const Matrix *m, int first, const uint8_t *x, const float *step, const int32_t *zero, float *y, int cols, int add) {
     int fours = (m->in + 3)/4;
     const int8_t *w = (const int8_t *)m->w + (long)first*fours*4;
     I acc[MOST][FOURS];
@@ -162,7 +162,7 @@ INLINE void panel8(const int R, const Matrix *m, int first, const uint8_t *x, in
         const I *v = (const I *)(w + (long)i*PANEL*4);
         AHEAD
         UNROLL for (int r = 0; r < R; r++) {
-            int32_t four; memcpy(&four, x + (long)r*bytes + i*4, 4);
+            int32_t four; memcpy(&four, x + ((long)r*fours + i)*4, 4);
             UNROLL for (int p = 0; p < FOURS; p++) acc[r][p] = dot4(acc[r][p], four, v[p]);
         }
     }
@@ -178,7 +178,7 @@ INLINE void panel8(const int R, const Matrix *m, int first, const uint8_t *x, in
 # %% ../nbs/02b_native.ipynb #ac0723b6
 PRODUCT = r'''
 static void product(const Matrix *m, const float *x, int k, float *y, int add, int threads) { /* y (k, out) = or += x (k, in) w' */
-    int panels = (m->out + PANEL - 1)/PANEL, bytes = (m->in + 3)/4*4 + 64; /* rows 4 kB apart would push each other out of the cache */
+    int panels = (m->out + PANEL - 1)/PANEL, bytes = (m->in + 3)/4*4;
     uint8_t q[m->scale ? ROWS*bytes : 1]; float step[ROWS]; int32_t zero[ROWS];
     for (; k > 0; k -= ROWS, x += (long)ROWS*m->in, y += (long)ROWS*m->out) {
         int rows = k < ROWS ? k : ROWS;
@@ -188,7 +188,7 @@ static void product(const Matrix *m, const float *x, int k, float *y, int add, i
             int first = p*PANEL, cols = m->out - first < PANEL ? m->out - first : PANEL;
             const float *w = (const float *)m->w + (long)first*m->in, *from = x + (long)r*m->in;
             float *to = y + (long)r*m->out + first;
-#define CASE(R) case R: if (m->scale) panel8(R, m, first, q + r*bytes, bytes, step + r, zero + r, to, cols, add); else panel32(R, w, from, m->in, to, m->out, cols, add); break;
+#define CASE(R) case R: if (m->scale) panel8(R, m, first, q + r*bytes, step + r, zero + r, to, cols, add); else panel32(R, w, from, m->in, to, m->out, cols, add); break;
             switch (rows - r < MOST ? rows - r : MOST) { CASE(1) CASE(2) CASE(3)
 #ifdef __AVX512F__
                 CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
