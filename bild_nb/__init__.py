@@ -3,9 +3,10 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy"],
-            "models": ["load_pair", "Decoder", "Pair"],
-            "decode": ["BigLittleDecoder"],
+_modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_policy"],
+            "decoder": ["Decoder"],
+            "trace": ["BigLittleDecoder"],  # the one of `decode`, with pictures attached
+            "pair": ["load_pair", "Pair"],
             "align": ["calibrate", "read_calibration", "Recipe", "agreement"],
             "tasks": ["Task"]}
 _module_of = {name: module for module, names in _modules.items() for name in names}

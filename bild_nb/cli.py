@@ -7,13 +7,13 @@ __all__ = ['CAREFUL', 'FAST', 'UNALIGNED', 'DRAFTS', 'COLUMNS', 'COLOURS', 'STYL
            'AllThreads', 'Dtype', 'Backend', 'Json', 'Debug', 'STYLES', 'LEGEND', 'Processes', 'SourceColumn',
            'MaxSource', 'Restart', 'License', 'TaskName', 'Out', 'TaskLarge', 'TaskSmall', 'Data', 'Split', 'Limit',
            'Kind', 'Policies', 'Repeats', 'Splitter', 'Order', 'Device', 'sample', 'measure', 'records', 'system_row',
-           'cells', 'hardware', 'footnotes', 'table', 'plot', 'rows_html', 'example_html', 'page', 'console', 'note',
-           'reason', 'guarded', 'about', 'read_precision', 'open_pair', 'read_policy', 'demo_systems', 'demo_page',
-           'run_demo', 'demo', 'writers', 'styled', 'trace_text', 'read_lines', 'read_input', 'encode', 'translations',
-           'as_record', 'translate', 'print_trace', 'bench', 'task_inputs', 'called', 'working', 'calibrate',
-           'chosen_recipe', 'large_for', 'stored_half', 'option', 'align', 'tasks', 'wrong_use', 'read_policies',
-           'Setup', 'print_runs', 'eval_', 'sweep', 'tune', 'tuned_text', 'code_of', 'report', 'summarize', 'installed',
-           'findings', 'doctor', 'main']
+           'cells', 'hardware', 'footnotes', 'table', 'plot', 'rows_html', 'example_html', 'page', 'console', 'safe',
+           'note', 'reason', 'guarded', 'about', 'read_precision', 'open_pair', 'read_policy', 'demo_systems',
+           'demo_page', 'run_demo', 'demo', 'writers', 'styled', 'trace_text', 'read_lines', 'read_input', 'encode',
+           'translations', 'as_record', 'translate', 'print_trace', 'bench', 'task_inputs', 'called', 'working',
+           'calibrate', 'chosen_recipe', 'large_for', 'stored_half', 'option', 'align', 'tasks', 'wrong_use',
+           'read_policies', 'Setup', 'print_runs', 'eval_', 'sweep', 'tune', 'tuned_text', 'code_of', 'report',
+           'summarize', 'installed', 'findings', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #086f24ea
 import html, io, json, logging, os, platform, random, sys, warnings
@@ -195,7 +195,13 @@ def console(stream): # a `rich.console.Console`
     from rich.console import Console
     return Console(file=stream, width=None if stream.isatty() else 110, highlight=False, force_jupyter=False)
 
-def note(text): typer.echo(f'note: {" ".join(str(text).split())}', err=True)
+def safe(text: str) -> str:
+    "`text` without what a terminal would obey"
+    if text.isprintable(): return text
+    from bild_nb.trace import printable
+    return printable(text)
+
+def note(text): typer.echo(safe(f'note: {" ".join(str(text).split())}'), err=True)
 
 def reason(e: Exception) -> str:
     "An error in one line"
@@ -214,7 +220,7 @@ def guarded(debug: bool = False # let errors through
         except (typer.BadParameter, BrokenPipeError): raise
         except Exception as e:
             if debug: raise
-            typer.echo(f'error: {reason(e)}', err=True)
+            typer.echo(safe(f'error: {reason(e)}'), err=True)
             raise typer.Exit(1) from None
 
 # %% ../nbs/90_cli.ipynb #1288613f
@@ -229,14 +235,14 @@ Small = Annotated[str | None, typer.Option(metavar='S', help='the small model, l
 Threads = Annotated[int | None, typer.Option(min=1, metavar='N', help='CPU threads', show_default='measured, for each model')]
 AllThreads = Annotated[int | None, typer.Option('--threads', min=1, metavar='N', help='CPU threads', show_default='as torch chooses')]
 Dtype = Annotated[str, typer.Option('--dtype', metavar='T', help='fp32, bf16, fp16 or int8; two as LARGE,SMALL')]
-Backend = Annotated[str, typer.Option(metavar='B', help='auto, plain (transformers), engine or native (T5 and mT5; native is C, on a CPU)')]
+Backend = Annotated[str, typer.Option(metavar='B', help='auto, plain (transformers), or for T5 and mT5: engine, native (C, on a CPU), graphs (on a GPU)')]
 Json = Annotated[bool, typer.Option('--json', help='print JSON')]
 Debug = Annotated[bool, typer.Option('--debug', help='show where an error comes from')]
 
 # %% ../nbs/90_cli.ipynb #80fa119c
 def read_precision(dtype: str, backend: str):
     "The `dtype` of `load_pair`, one name or a (large, small) pair; wrong names of it or of a backend are wrong use"
-    from bild_nb.models import BACKENDS, DTYPES
+    from bild_nb.pair import BACKENDS, DTYPES
     names = tuple(dtype.split(','))
     if len(names) > 2: raise typer.BadParameter(f'{dtype!r}: give one precision, or two as LARGE,SMALL', param_hint='--dtype')
     for option, value, legal in (*(('--dtype', n, (*DTYPES, 'int8')) for n in names), ('--backend', backend, BACKENDS)):
@@ -248,7 +254,7 @@ def open_pair(pair: Path | None, large: str | None, small: str | None, threads: 
     if pair and (large or small): raise typer.BadParameter('give --pair, or --large and --small, not both', param_hint='--pair')
     import torch
     from transformers.utils.logging import disable_progress_bar
-    from bild_nb.models import load_pair
+    from bild_nb.pair import load_pair
     dtype = read_precision(dtype, backend)
     if pair: large, small = (str((pair/name).resolve()) for name in ('large', 'small'))
     if threads: torch.set_num_threads(threads)
@@ -281,7 +287,7 @@ def demo_page(pair, decoders: dict, rows: list, found: dict, table_rows: list, o
     bild = decoders[name]
     shown = [example_html(r, text, bild.generate(x).trace[0]) for r, x, (text, _) in zip(rows[:traces], pair.encode([r['source'] for r in rows[:traces]]), found['large'])]
     file = out/'bild-demo.html'
-    file.write_text(page(table_rows, footnotes(pair, len(rows)), shown, f'{name} ({bild.policy.name})'), encoding='utf-8')
+    file.write_text(page(table_rows, footnotes(pair, len(rows)), shown, f'{name} ({bild.policy})'), encoding='utf-8')
     return file
 
 # %% ../nbs/90_cli.ipynb #7bf8360c
@@ -296,7 +302,7 @@ def run_demo(pair, smalls: tuple, systems: dict, n: int, out: Path):
         task = bar.add_task(f'{n} paragraphs, {len(systems)} systems', total=n)
         decoders = {name: BigLittleDecoder(pair.large, smalls[aligned], policy) for name, (policy, aligned) in systems.items()}
         found = records(pair, decoders, rows, lambda: bar.advance(task))
-    table_rows = [system_row(s, d.policy.name, found[s], found['large'], [r['target'] for r in rows]) for s, d in decoders.items()]
+    table_rows = [system_row(s, str(d.policy), found[s], found['large'], [r['target'] for r in rows]) for s, d in decoders.items()]
     return table_rows, demo_page(pair, decoders, rows, found, table_rows, out)
 
 # %% ../nbs/90_cli.ipynb #fb29f422
@@ -385,13 +391,14 @@ def translations(pair, policy, chunks, max_new_tokens: int = 128, trace: bool = 
     "(source, translation, `Trace`) of each line as soon as it is there; an empty line gives an empty one and None"
     from bild_nb.decode import BigLittleDecoder
     bild, lines, empty, stopped = BigLittleDecoder(pair.large, pair.small, policy), 0, 0, 0
+    eos = pair.large.settings().eos
     for chunk in chunks:
         ids = encode(pair, chunk)
         for _, text in chunk:
             lines += 1
             if not text.strip(): empty += 1; yield text, '', None; continue
             out = bild.generate(next(ids), max_new_tokens=max_new_tokens, trace=trace)
-            stopped += out.sequences[0, -1].item() not in pair.large.eos
+            stopped += out.sequences[0, -1].item() not in eos
             yield text, pair.tokenizer.decode(out.sequences[0], skip_special_tokens=True), out.trace[0]
     if empty: note(f'{empty} of {lines} lines are empty and were left so')
     if stopped: note(f'{stopped} of {lines - empty} translations were stopped after {max_new_tokens} tokens (--max-new-tokens)')
@@ -400,7 +407,8 @@ def translations(pair, policy, chunks, max_new_tokens: int = 128, trace: bool = 
 def as_record(source: str, text: str, trace) -> str:
     "One translation as a line of JSON"
     counts = ('new_tokens', 'accepted', 'large_tokens', 'fallbacks', 'rollbacks', 'large_passes', 'small_passes', 'ms')
-    return json.dumps(dict(source=source, translation=text, **({k: getattr(trace, k) for k in counts} if trace else {})), ensure_ascii=False)
+    line = json.dumps(dict(source=source, translation=text, **({k: getattr(trace, k) for k in counts} if trace else {})), ensure_ascii=False)
+    return ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 @app.command(epilog='Example: bild translate "Klicken Sie auf OK." --show-trace')
 def translate(text: Annotated[str | None, typer.Argument(metavar='[TEXT|-]', help='a text, or - for the lines of stdin', show_default=False)] = None,
@@ -416,7 +424,7 @@ def translate(text: Annotated[str | None, typer.Argument(metavar='[TEXT|-]', hel
         chunks, rule = read_input(text, file), read_policy(policy)
         models = open_pair(pair, large, small, threads, dtype, backend)
         for source, result, trace in translations(models, rule, chunks, max_new_tokens, show_trace):
-            typer.echo(as_record(source, result, trace) if as_json else ' '.join(result.split('\n')))
+            typer.echo(as_record(source, result, trace) if as_json else safe(' '.join(result.split('\n'))))
             if show_trace and trace: print_trace(trace, models.tokenizer)
             sys.stdout.flush()
 
@@ -501,7 +509,7 @@ def calibrate(task: Annotated[str, typer.Argument(metavar='TASK', help='iwslt201
     if large is None and task != 'help-de-en': raise typer.BadParameter('name the large model', param_hint='--large')
     with working(debug, threads, num_processes) as state:
         from bild_nb.align import calibrate as run
-        from bild_nb.models import load_model
+        from bild_nb.pair import load_model
         rows, usual, terms = task_inputs(task, data, split, source_column, limit)
         model, tokenizer = load_model(large or 'shipped', 'large', str(state.device), dtype)
         if tokenizer is None: raise ValueError(f'{large}: the folder has no tokenizer')
@@ -525,7 +533,8 @@ def chosen_recipe(name: str | None, task: str | None, given: dict):
 def large_for(large: str | None, made: dict, device: str, small_tokenizer):
     "The large model that an alignment listens to, and its name; without a word, the one that made the calibration set, if it is here"
     from bild_nb.align import model_digest
-    from bild_nb.models import check_tokenizers, load_model
+    from bild_nb.decode import check_tokenizers
+    from bild_nb.pair import load_model
     where = large or made.get('large')
     if where is None or not large and where != 'shipped' and not Path(where).is_dir(): return None, where or 'a model'
     model, tokenizer = load_model(where, 'large', device)
@@ -537,8 +546,8 @@ def stored_half(where: str) -> bool:
     "Whether a model's files are in fp16; the aligned one will be, too"
     import torch
     from transformers import AutoConfig
-    from bild_nb.models import find_model
-    return AutoConfig.from_pretrained(find_model(where, 'small')).dtype == torch.float16
+    from bild_nb.pair import find_model
+    return AutoConfig.from_pretrained(find_model(where, 'small'), trust_remote_code=False).dtype == torch.float16
 
 # %% ../nbs/90_cli.ipynb #f620152b
 def option(kind, text, default='of the recipe', **kw):
@@ -570,7 +579,7 @@ def align(calibration: Annotated[str, typer.Option(metavar='DIR', help='a set th
     rule = read_policy(policy) if policy else None
     with working(debug, threads, num_processes) as state:
         from bild_nb.align import align as run, check_tokenizer, read_calibration
-        from bild_nb.models import load_model
+        from bild_nb.pair import load_model
         pairs, made = read_calibration(calibration, source_column, target_column)
         how = chosen_recipe(recipe, made.get('task'), dict(lr=tuple(lr) if lr else None, schedule=schedule, warmup=warmup, epochs=epochs, steps=steps, batch=batch, max_tokens=max_tokens, accumulate=accumulate,
                                                           every=every, patience=patience, finalists=finalists, relative=relative, clip=clip, checkpointing=checkpointing or None, bf16=bf16 or None, seed=seed))
@@ -619,7 +628,7 @@ class Setup:
     def __init__(self, task: str, out: Path, large, small, data, split, limit, kind, tune=False, **protocol):
         from dataclasses import replace
         from bild_nb.evaluate import METRICS, Protocol, read_info
-        from bild_nb.models import find_model
+        from bild_nb.pair import find_model
         from bild_nb.tasks import checkpoints, find_task
         with wrong_use('TASK'): self.task = find_task(task)
         if split: self.task = replace(self.task, split=split)
@@ -712,7 +721,7 @@ def tune(task: TaskName, out: Out, max_drop: Annotated[float | None, typer.Optio
         from bild_nb.evaluate import Goal, tune as run_tune
         with wrong_use('--max-drop'): goal = Goal(max_drop, max_loss, confidence)
         setup = Setup(task, out, large, small, data, split, None, kind, tune=True, repeats=repeats, splitter=splitter)
-        policies = [p.name for p in read_policies(policy, setup.task, setup.kind)] if policy else None
+        policies = [str(p) for p in read_policies(policy, setup.task, setup.kind)] if policy else None
         setup.load(device, threads, dtype, backend)
         found = run_tune(setup.task, setup.pair, setup.rows, out, goal, policies, limit, held_out, setup.protocol, setup.kind, setup.names)
         typer.echo(json.dumps(found) if as_json else tuned_text(found))
@@ -776,7 +785,7 @@ def summarize(text: Annotated[str | None, typer.Argument(metavar='[TEXT|-]', hel
         ids = pair.encode([chosen.prefix + article], chosen.max_source, ['the text'])[0]
         out = BigLittleDecoder(pair.large, pair.small, rule).generate(ids, max_new_tokens=chosen.max_target)
         summary = decode(pair.tokenizer, out.sequences[0], chosen.reference_tokens is not None)
-        typer.echo(as_record(article, summary, out.trace[0]).replace('"translation"', '"summary"', 1) if as_json else summary)
+        typer.echo(as_record(article, summary, out.trace[0]).replace('"translation"', '"summary"', 1) if as_json else safe(summary))
         if show_trace: print_trace(out.trace[0], pair.tokenizer)
 
 # %% ../nbs/90_cli.ipynb #8d1cd17a

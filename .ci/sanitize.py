@@ -1,0 +1,66 @@
+"What .ci/sanitize runs: texts of every shape through the native engine, and some golden cases"
+import json, os, random, sys
+os.environ.pop("LD_PRELOAD")  # for this process only, not for the compiler that it starts
+import torch
+from concurrent.futures import ThreadPoolExecutor
+from transformers import T5ForConditionalGeneration
+from bild_nb.native import NativeEngine, library
+from bild_nb.policy import Fixed, Policy
+from bild_nb.testing import random_t5
+
+quick, rng = "quick" in sys.argv, random.Random(0)
+cases = 0
+
+
+def row(n, vocab=40):
+    return torch.tensor([[rng.randrange(2, vocab) for _ in range(n)]], dtype=torch.int64)
+
+
+def text(d, source, tokens, settings=None):
+    "A text read in odd pieces with wrong turns, then verified and drafted; the memory grows on the way"
+    mask = (torch.rand(source.shape) < 0.8).long()
+    cache, at = d.open(source, mask if rng.random() < 0.5 else None, settings=settings, room=16), 0
+    while at < tokens.shape[1]:
+        k = rng.randrange(1, 14)
+        piece = tokens[:, at:at + k]
+        d.verify(cache, piece, [at], piece[:, 1:])
+        d.forward(cache, piece, [at], rng.randrange(1, piece.shape[1] + 1))
+        at = max(at + piece.shape[1] - rng.randrange(0, 2), 1)
+        if at >= tokens.shape[1] - 1: break
+    d.propose(cache, tokens[:, :1], [at], Fixed(40), None, 40)
+    for bad in (-1, 2**40):  # refused before anything is read
+        for call in (d.forward, lambda c, t, a: d.propose(c, t, a, Fixed(4), None, 4)):
+            try: call(cache, torch.tensor([[bad]]), [at])
+            except IndexError: continue
+            raise SystemExit(f"id {bad} was taken")
+
+
+def shapes():
+    yield random_t5(0)
+    if quick: return
+    yield random_t5(1, feed_forward_proj="gated-gelu")
+    yield random_t5(2, num_heads=3, d_kv=7, d_model=30, d_ff=37, vocab_size=33, feed_forward_proj="gated-silu")
+    yield random_t5(3, num_heads=2, d_kv=64, layers=1, decoder_layers=3)
+    yield random_t5(4, num_heads=1, d_kv=100, feed_forward_proj="gelu", dense_act_fn="gelu")
+    yield random_t5(5, num_heads=2, d_kv=32, d_ff=1030, vocab_size=700)
+
+
+for model in shapes():
+    vocab = model.config.vocab_size
+    for int8 in (False, True)[:1 + bool(library().int8_top())]:
+        d = NativeEngine(model, int8=int8)
+        for d.shares in (False, True):  # one thread, two threads
+            for n in (3,) if quick else (1, 2, 15, 16, 17, 31, 300):
+                text(d, row(n, vocab), row(rng.choice([2, 15, 33, 70]), vocab))
+                cases += 1
+
+if not quick:
+    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda n: text(d, row(n), row(20)), range(1, 9)))
+    from bild_nb.decode import BigLittleDecoder
+    pair = [NativeEngine(T5ForConditionalGeneration.from_pretrained(f"nbs/golden/pair0/{w}").eval()) for w in ("large", "small")]
+    with open("nbs/golden/pair0/official.json") as f: golden = json.load(f)["cases"]
+    for c in golden[::5]:
+        out = BigLittleDecoder(*pair, Policy.official(c["fallback"], c["rollback"])).generate(torch.tensor([c["input_ids"]]), max_length=c["max_length"])
+        assert out.sequences[0].tolist() == c["output_ids"]
+        cases += 1
+print(f"{cases} texts, nothing found")

@@ -1,0 +1,596 @@
+/* A pass of a T5 in one call. nbs/11_native.ipynb shows this file piece by piece, with the reasons. */
+
+/* --------------------------------------- types --------------------------------------- */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+#ifdef __AVX512F__
+enum { WIDTH = 16, MOST = 8 }; /* floats in a vector; rows whose sums a product keeps in registers */
+#else
+enum { WIDTH = 8, MOST = 3 };
+#endif
+enum { PANEL = 32, PARTS = PANEL/WIDTH, ROWS = 32 };
+typedef float V __attribute__((vector_size(WIDTH*4), aligned(4))); /* unaligned loads */
+typedef int32_t VI __attribute__((vector_size(WIDTH*4), aligned(4)));
+
+typedef struct {
+    const void *w;       /* panels of 32 outputs */
+    const float *scale;  /* of each output in int8; 0: fp32 */
+    const int32_t *sums; /* of the weights of each output, in int8 */
+    int out, in;
+} Matrix;
+
+typedef struct {
+    Matrix qkv, o, cross_kv, cross_q, cross_o, wi, wo;
+    const float *norm, *cross_norm, *feed_norm;
+} Layer;
+
+typedef struct { /* an encoder or a decoder */
+    int d, heads, dk, ff, gated, act, layers, causal;
+    float eps;
+    long words; /* rows of the embedding */
+    const float *embedding, *norm;
+    const Layer *layer;
+    Matrix head; /* a decoder's */
+} Stack;
+
+typedef struct { /* what belongs to one text */
+    long vocab;                     /* ids that can be written are below this */
+    const int64_t *never, *ends;    /* ids that are never written, and that end a text */
+    int nevers, n_ends;
+    const float *line; long far;    /* position biases: a line for each head, from distance 1 - far */
+    const float *mask;              /* added to the scores of the source; 0: none */
+    float *kv; long room;           /* keys and values of the text, for `room` tokens */
+    float *cross; long n, source;   /* of the source: `n` tokens, memory for `source` */
+    float *work; long floats;       /* working memory */
+    int threads;
+} Text;
+
+enum { DONE = 0, BAD_TOKEN = -1, BAD_DRAFT = -2, BAD_SIZE = -3 }; /* what a call returns */
+
+long struct_size(int which) {
+    switch (which) {
+        case 0: return sizeof(Matrix);
+        case 1: return sizeof(Layer);
+        case 2: return sizeof(Stack);
+        default: return sizeof(Text);
+    }
+}
+
+/* --------------------------------------- parts --------------------------------------- */
+
+INLINE float fast_exp(float x) {
+    x = x < -87.f ? -87.f : x > 88.f ? 88.f : x; /* NaN stays NaN */
+    float n = rintf(x*1.44269504f), r = x - n*.693359375f + n*2.12194440e-4f;
+    float p = 1.f + r + r*r*(.5f + r*(.166666655f + r*(.0416657962f
+              + r*(8.33345205e-3f + r*1.39819994e-3f))));
+    union { uint32_t i; float f; } two = { (uint32_t)((int32_t)n + 127) << 23 };
+    return p*two.f;
+}
+
+INLINE V larger(V a, V b) {
+    VI up = a > b;
+    return (V)((up & (VI)a) | (~up & (VI)b));
+}
+
+INLINE float fold(V v) { /* the largest of a vector */
+    float a[WIDTH];
+    memcpy(a, &v, sizeof a);
+    UNROLL for (int w = WIDTH/2; w; w /= 2)
+        for (int j = 0; j < w; j++) a[j] = a[j] > a[j + w] ? a[j] : a[j + w];
+    return a[0];
+}
+
+INLINE float add(V v) { /* the sum of a vector */
+    float a[WIDTH];
+    memcpy(a, &v, sizeof a);
+    UNROLL for (int w = WIDTH/2; w; w /= 2)
+        for (int j = 0; j < w; j++) a[j] += a[j + w];
+    return a[0];
+}
+
+/* ---------------------------------------- rows ---------------------------------------- */
+
+static float largest(const float *x, int n, float sign) { /* of sign*x */
+    float top = -INFINITY;
+    int i = 0;
+    if (n >= WIDTH) {
+        V m = sign**(const V *)x;
+        for (i = WIDTH; i + WIDTH <= n; i += WIDTH) m = larger(sign**(const V *)(x + i), m);
+        top = fold(m);
+    }
+    for (; i < n; i++) top = sign*x[i] > top ? sign*x[i] : top;
+    return top;
+}
+
+static float exp_sum(const float *z, int n, float top) {
+    float e[WIDTH], sum;
+    V total = {0};
+    int i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        for (int j = 0; j < WIDTH; j++) e[j] = fast_exp(z[i + j] - top);
+        total += *(V *)e;
+    }
+    for (sum = add(total); i < n; i++) sum += fast_exp(z[i] - top);
+    return sum;
+}
+
+static void put(const float *a, float *to, int cols, int add) {
+    if (add) for (int c = 0; c < cols; c++) to[c] += a[c];
+    else memcpy(to, a, cols*sizeof(float));
+}
+
+static void norm(const float *x, const float *w, int k, int d, float eps, float *y) {
+    for (int r = 0; r < k; r++, x += d, y += d) {
+        V squares = {0};
+        int i = 0;
+        for (; i + WIDTH <= d; i += WIDTH) squares += *(const V *)(x + i)**(const V *)(x + i);
+        float sum = add(squares);
+        for (; i < d; i++) sum += x[i]*x[i];
+        float s = 1.f/sqrtf(sum/d + eps);
+        for (i = 0; i < d; i++) y[i] = x[i]*s*w[i];
+    }
+}
+
+/* ---------------------------------------- fp32 ---------------------------------------- */
+
+#define FETCH(at) __builtin_prefetch((const char *)v + (at), 0, 2); /* into the second cache */
+#define AHEAD if (R > 5) { FETCH(16384) FETCH(16448) }
+
+INLINE void panel32(const int R, const float *w, const float *x, int in,
+                    float *y, int out, int cols, int add) {
+    V acc[MOST][PARTS];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = (V){0};
+    for (int i = 0; i < in; i++) { /* fp32 */
+        const V *v = (const V *)(w + (long)i*PANEL);
+        AHEAD
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] += v[p]*x[(long)r*in + i];
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        float a[PANEL];
+        memcpy(a, acc[r], sizeof a);
+        put(a, y + (long)r*out, cols, add);
+    }
+}
+
+/* ---------------------------------------- int8 ---------------------------------------- */
+
+#if defined(__AVX512VNNI__)
+enum { TOP = 255 };
+typedef __m512i I;
+INLINE I dot4(I acc, int32_t x, I w) {
+    return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(x), w);
+}
+#elif defined(__AVX2__)
+enum { TOP = 127 };
+typedef __m256i I;
+INLINE I dot4(I acc, int32_t x, I w) {
+    I pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(x), w);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#else
+enum { TOP = 0 }; /* no int8 here */
+typedef struct { char c[16]; } I;
+INLINE I dot4(I acc, int32_t x, I w) { return acc; }
+#endif
+typedef I In __attribute__((aligned(1))); /* in memory: loads are unaligned */
+int int8_top(void) { return TOP; }
+
+static int fours(int in) { return (in + 3)/4; } /* groups of four inputs */
+
+static void quantize(const float *x, int n, uint8_t *restrict q, float *step, int32_t *zero) {
+    float hi = largest(x, n, 1), lo = -largest(x, n, -1);
+    int bad = 0;
+    hi = hi > 0 ? hi : 0;
+    lo = lo < 0 ? lo : 0;
+    for (int i = 0; i < n; i++) bad |= x[i] != x[i];
+    bad |= !(hi - lo < INFINITY);
+    float s = !bad && hi > lo ? (hi - lo)/(TOP + !TOP) : 1, by = 1/s;
+    int z = bad ? 0 : (int)(-lo*by + .5f);
+    for (int i = 0; i < n; i++) {
+        int v = (int)(x[i]*by + (z + .5f));
+        q[i] = v < 0 ? 0 : v > TOP ? TOP : v;
+    }
+    for (int i = n; i < fours(n)*4; i++) q[i] = 0;
+    *step = bad ? NAN : s;
+    *zero = z;
+}
+
+/* --------------------------------------- panel8 --------------------------------------- */
+
+enum { FOURS = PANEL*4/sizeof(I) };
+
+INLINE void panel8(const int R, const Matrix *m, int first, const uint8_t *x, const float *step,
+                   const int32_t *zero, float *y, int cols, int add) {
+    int groups = fours(m->in);
+    const int8_t *w = (const int8_t *)m->w + (long)first*groups*4;
+    I acc[MOST][FOURS];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < FOURS; p++) acc[r][p] = (I){0};
+    for (int i = 0; i < groups; i++) {
+        const In *v = (const In *)(w + (long)i*PANEL*4);
+        AHEAD
+        UNROLL for (int r = 0; r < R; r++) {
+            int32_t four;
+            memcpy(&four, x + ((long)r*groups + i)*4, 4);
+            UNROLL for (int p = 0; p < FOURS; p++) acc[r][p] = dot4(acc[r][p], four, v[p]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        int32_t a[PANEL];
+        float sum[PANEL];
+        memcpy(a, acc[r], sizeof a);
+        for (int c = 0; c < PANEL; c++)
+            sum[c] = (a[c] - zero[r]*m->sums[first + c])*(step[r]*m->scale[first + c]);
+        put(sum, y + (long)r*m->out, cols, add);
+    }
+}
+
+/* -------------------------------------- product -------------------------------------- */
+
+/* y (k, out) = or += x (k, in) w'; `q` has room for ROWS rows of whole groups of four */
+static void product(const Matrix *m, const float *x, int k, float *y, int add,
+                    uint8_t *q, int threads) {
+    int panels = (m->out + PANEL - 1)/PANEL, bytes = fours(m->in)*4;
+    float step[ROWS];
+    int32_t zero[ROWS];
+    for (; k > 0; k -= ROWS, x += (long)ROWS*m->in, y += (long)ROWS*m->out) {
+        int rows = k < ROWS ? k : ROWS;
+        if (m->scale)
+            for (int r = 0; r < rows; r++)
+                quantize(x + (long)r*m->in, m->in, q + (long)r*bytes, step + r, zero + r);
+        int share = threads > 1 && (long)m->out*m->in >= 1 << 18;
+        _Pragma("omp parallel for num_threads(threads) if(share)")
+        for (int p = 0; p < panels; p++) for (int r = 0; r < rows; r += MOST) {
+            int first = p*PANEL, cols = m->out - first < PANEL ? m->out - first : PANEL;
+            const float *w = (const float *)m->w + (long)first*m->in, *from = x + (long)r*m->in;
+            const uint8_t *from8 = q + (long)r*bytes;
+            float *to = y + (long)r*m->out + first;
+#define CASE(R) case R: \
+            if (m->scale) panel8(R, m, first, from8, step + r, zero + r, to, cols, add); \
+            else panel32(R, w, from, m->in, to, m->out, cols, add); \
+            break;
+            switch (rows - r < MOST ? rows - r : MOST) {
+                CASE(1) CASE(2) CASE(3)
+#ifdef __AVX512F__
+                CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#endif
+            }
+        }
+    }
+}
+
+/* for tests */
+void multiply(const Matrix *m, const float *x, int k, float *y, uint8_t *q, int threads) {
+    product(m, x, k, y, 0, q, threads);
+}
+
+/* ------------------------------------- attention ------------------------------------- */
+
+enum { SMALL = 64 }; /* heads up to this width are summed on the stack */
+
+/* one head of one row: n keys and values out of rows that are `wide`; `s` has room for the scores,
+   and for the sum of a head that is wider than SMALL */
+INLINE void attend_(const float *q, const float *key, const float *value, long wide, long n,
+                    const int d, const float *bias, const float *mask, float *restrict s, float *out) {
+    long most = (n + WIDTH - 1)/WIDTH*WIDTH;
+    float here[SMALL], *o = d <= SMALL ? here : s + most, top, sum;
+    V total = {0};
+    for (long t = 0; t < most; t += WIDTH) {
+        V acc = {0};
+        for (int i = 0; i < d; i++) acc += q[i]*(*(const V *)(key + t*wide + i*WIDTH));
+        memcpy(s + t, &acc, sizeof acc);
+    }
+    if (bias) for (long t = 0; t < n; t++) s[t] += bias[t];
+    if (mask) for (long t = 0; t < n; t++) s[t] += mask[t];
+    for (long t = n; t < most; t++) s[t] = -INFINITY;
+    top = largest(s, most, 1);
+    for (long t = 0; t < most; t += WIDTH) {
+        for (int j = 0; j < WIDTH; j++) s[t + j] = fast_exp(s[t + j] - top);
+        total += *(V *)(s + t);
+    }
+    sum = add(total);
+    for (int i = 0; i < d; i++) o[i] = 0;
+    for (long t = 0; t < n; t++)
+        for (int i = 0; i < d; i++) o[i] += s[t]*value[t*wide + i];
+    for (int i = 0; i < d; i++) out[i] = o[i]/sum;
+}
+
+static void attend(const float *q, const float *key, const float *value, long wide, long n,
+                   int d, const float *bias, const float *mask, float *s, float *out) {
+    /* the usual sizes, unrolled */
+    if (d == 64) attend_(q, key, value, wide, n, 64, bias, mask, s, out);
+    else if (d == 32) attend_(q, key, value, wide, n, 32, bias, mask, s, out);
+    else attend_(q, key, value, wide, n, d, bias, mask, s, out);
+}
+
+/* k rows of keys and values, `step` apart, to `start` and after in a memory for `room` */
+static void store(const float *x, long step, int k, int in, float *kv, long room, long start) {
+    for (long at = start; at < start + k; at++, x += step) {
+        float *key = kv + at/WIDTH*WIDTH*in + at % WIDTH;
+        for (int i = 0; i < in; i++) key[i*WIDTH] = x[i];
+        memcpy(kv + (room + at)*in, x + in, in*sizeof(float));
+    }
+}
+
+/* ---------------------------------------- feed ---------------------------------------- */
+
+INLINE void activate_(const int act, const int gated, int k, int ff, float *h) {
+    for (int r = 0; r < k; r++) {
+        const float *a = h + (long)r*ff*(1 + gated);
+        float *to = h + (long)r*ff;
+        _Pragma("GCC ivdep")
+        for (int i = 0; i < ff; i++) { /* in place */
+            float x = a[i], y;
+            if (act == 0) y = x < 0 ? 0 : x;
+            else if (act == 1) y = x/(1 + fast_exp(-1.5957691216f*(x + .044715f*x*x*x)));
+            else if (act == 2) y = x/(1 + fast_exp(-x));
+            else y = .5f*x*(1 + erff(x*.70710678f));
+            to[i] = gated ? y*a[i + ff] : y;
+        }
+    }
+}
+
+/* (k, ff or 2 ff) to (k, ff), in place */
+static void activate(const Stack *s, int k, float *h) {
+#define ACT(A) case A: \
+    if (s->gated) activate_(A, 1, k, s->ff, h); \
+    else activate_(A, 0, k, s->ff, h); \
+    break;
+    switch (s->act) { ACT(0) ACT(1) ACT(2) ACT(3) }
+}
+
+/* --------------------------------------- memory --------------------------------------- */
+
+typedef struct {
+    float *x, *h, *q, *f; /* rows: the sum that goes through the layers, and what they make of it */
+    float *kv;            /* keys and values of an encoder's layer */
+    float *z;             /* logits of one row */
+    float *s; long slot;  /* scores of one head, for each thread */
+    uint8_t *bytes;       /* rows in int8 */
+} Work;
+
+#ifdef __SANITIZE_ADDRESS__ /* pieces lie apart, and what lies between them is forbidden */
+#include <sanitizer/asan_interface.h>
+enum { GAP = 16 };
+#else
+enum { GAP = 0 };
+#define ASAN_POISON_MEMORY_REGION(at, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+#endif
+
+static long max_of(long a, long b) { return a > b ? a : b; }
+
+/* floats that k rows with at most `keys` keys need; with `memory`, the pieces of it as well */
+static long carve(const Stack *s, long k, long keys, long words, int threads,
+                  float *memory, Work *w) {
+    long used = 0, in = (long)s->heads*s->dk, wide = max_of(max_of(s->d, in), s->ff);
+    long slot = (keys + 15)/16*16 + (s->dk > SMALL ? (s->dk + 15)/16*16 : 0);
+#define TAKE(name, n) do { \
+        long have = used, take = ((n) + 15)/16*16; \
+        used += take + GAP; \
+        if (!memory) break; \
+        w->name = (void *)(memory + have); \
+        ASAN_POISON_MEMORY_REGION(memory + have + (n), (take + GAP - (n))*sizeof(float)); \
+    } while (0)
+    TAKE(x, k*s->d);
+    TAKE(h, k*max_of(s->d, in));
+    TAKE(q, 3*k*in);
+    TAKE(f, k*s->ff*(1 + s->gated));
+    TAKE(kv, s->causal ? 0 : 2*in*((k + WIDTH - 1)/WIDTH*WIDTH));
+    TAKE(z, words);
+    TAKE(s, slot*threads);
+    TAKE(bytes, ROWS*((wide + 3)/4));
+    if (memory) w->slot = slot;
+    return used;
+}
+
+/* floats for a text: for its source of n tokens, and for passes over k tokens of up to `room` */
+long scratch(const Stack *encoder, const Stack *decoder, long n, long k, long room, long vocab,
+             int threads) {
+    long read = carve(encoder, n, n, vocab, threads, 0, 0);
+    long crossed = carve(decoder, n, n, vocab, threads, 0, 0);
+    long passed = carve(decoder, k, max_of(room, n), vocab, threads, 0, 0);
+    return max_of(max_of(read, crossed), passed);
+}
+
+enum { LONGEST = 1 << 24 }; /* rows of a pass: the products count them as int */
+
+static int prepare(const Stack *s, const Text *c, long k, long keys, Work *w) {
+    if (k < 1 || k > LONGEST || c->threads < 1 || !c->work) return BAD_SIZE;
+    if (carve(s, k, keys, c->vocab, c->threads, 0, 0) > c->floats) return BAD_SIZE;
+    ASAN_UNPOISON_MEMORY_REGION(c->work, c->floats*sizeof(float));
+    carve(s, k, keys, c->vocab, c->threads, c->work, w);
+    return DONE;
+}
+
+/* --------------------------------------- layers --------------------------------------- */
+
+static void layers(const Stack *s, const Text *c, Work *w, int k, long start,
+                   float *kv, long room) {
+    int d = s->d, in = s->heads*s->dk, t = c->threads;
+    float *x = w->x, *h = w->h, *q = w->q, *f = w->f;
+    for (int l = 0; l < s->layers; l++, kv += s->causal ? 2*room*in : 0) {
+        const Layer *y = s->layer + l;
+        norm(x, y->norm, k, d, s->eps, h);
+        product(&y->qkv, h, k, q, 0, w->bytes, t);
+        store(q + in, 3*in, k, in, kv, room, start);
+        _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k > 8)")
+        for (int r = 0; r < k; r++) for (int head = 0; head < s->heads; head++) {
+            long at = start + r, n = s->causal ? at + 1 : k, i = (long)head*s->dk;
+            const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
+            float *scores = w->s + omp_get_thread_num()*w->slot;
+            attend(q + 3L*r*in + i, kv + i*WIDTH, kv + room*in + i, in, n, s->dk,
+                   bias, s->causal ? 0 : c->mask, scores, h + (long)r*in + i);
+        }
+        product(&y->o, h, k, x, 1, w->bytes, t);
+        if (s->causal) {
+            const float *source = c->cross + l*2*c->source*in;
+            norm(x, y->cross_norm, k, d, s->eps, h);
+            product(&y->cross_q, h, k, q, 0, w->bytes, t);
+            for (int r = 0; r < k; r++) for (int i = 0; i < in; i += s->dk)
+                attend(q + (long)r*in + i, source + i*WIDTH, source + c->source*in + i, in, c->n, s->dk,
+                       0, c->mask, w->s, h + (long)r*in + i);
+            product(&y->cross_o, h, k, x, 1, w->bytes, t);
+        }
+        norm(x, y->feed_norm, k, d, s->eps, h);
+        product(&y->wi, h, k, f, 0, w->bytes, t);
+        activate(s, k, f);
+        product(&y->wo, f, k, x, 1, w->bytes, t);
+    }
+}
+
+/* --------------------------------------- source --------------------------------------- */
+
+/* one of the ids that Python hands over; it is read once, so what was checked is what is used */
+static int read_id(const int64_t *ids, long i, long below, int64_t *id) {
+    memcpy(id, ids + i, sizeof *id);
+    return *id >= 0 && *id < below;
+}
+
+static int embed(const Stack *s, int k, const int64_t *tokens, float *x) {
+    int64_t token;
+    for (int r = 0; r < k; r++) {
+        if (!read_id(tokens, r, s->words, &token)) return BAD_TOKEN;
+        memcpy(x + (long)r*s->d, s->embedding + token*s->d, s->d*sizeof(float));
+    }
+    return DONE;
+}
+
+/* the encoder's last hidden state of k tokens, into w->x */
+static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t *tokens) {
+    if (!c->line || !tokens || c->far < k || prepare(s, c, k, k, w)) return BAD_SIZE;
+    if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
+    layers(s, c, w, k, 0, w->kv, (k + WIDTH - 1)/WIDTH*WIDTH);
+    norm(w->x, s->norm, k, s->d, s->eps, w->x);
+    return DONE;
+}
+
+/* the keys and values of the source for every layer of a decoder, from the encoder outputs x */
+static int cross(const Stack *s, const Text *c, const float *x) {
+    Work w;
+    long in = (long)s->heads*s->dk;
+    if (!x || !c->cross || c->source < c->n || c->source % WIDTH) return BAD_SIZE;
+    if (prepare(s, c, c->n, c->n, &w)) return BAD_SIZE;
+    for (int l = 0; l < s->layers; l++) {
+        product(&s->layer[l].cross_kv, x, c->n, w.q, 0, w.bytes, c->threads);
+        store(w.q, 2*in, c->n, in, c->cross + l*2*c->source*in, c->source, 0);
+    }
+    return DONE;
+}
+
+/* reads a source: its ids, or encoder outputs that are there already */
+long read_source(const Stack *encoder, const Stack *decoder, const Text *c, const float *line, long far,
+                 const int64_t *tokens, const float *encoded) {
+    Work w;
+    Text source = *c; /* with the encoder's position biases */
+    source.line = line;
+    source.far = far;
+    if (!encoded) {
+        int why = encode(encoder, &source, &w, c->n, tokens);
+        if (why) return why;
+        encoded = w.x; /* the first piece: of the decoder's, too, which does not use it here */
+    }
+    return cross(decoder, c, encoded);
+}
+
+/* --------------------------------------- passes --------------------------------------- */
+
+/* the logits z (last, ids) after the last of k tokens that stand at `at` and after */
+static int pass(const Stack *s, const Text *c, Work *w, int k, const int64_t *tokens, long at,
+                int last, float *z) {
+    Matrix head = s->head;
+    head.out = c->vocab;
+    if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
+    layers(s, c, w, k, at, c->kv, c->room);
+    norm(w->x + (long)(k - last)*s->d, s->norm, last, s->d, s->eps, w->h);
+    product(&head, w->h, last, z, 0, w->bytes, c->threads);
+    for (int r = 0; r < last; r++)
+        for (int i = 0; i < c->nevers; i++) z[(long)r*c->vocab + c->never[i]] = -INFINITY;
+    return DONE;
+}
+
+/* the best token of z, its probability, and ln of the sum of exponentials */
+static float judge(const float *z, int v, int64_t *token, float *confidence) {
+    float top = largest(z, v, 1), sum = exp_sum(z, v, top);
+    int at = 0;
+    while (at < v - 1 && z[at] != top) at++;
+    *token = at;
+    *confidence = 1/sum;
+    return top + logf(sum);
+}
+
+/* whether k tokens at `at` fit into what there is; the pieces of the working memory */
+static int ready(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, Work *w) {
+    if (!tokens || !c->kv || !c->cross || !c->line) return BAD_SIZE;
+    if (at < 0 || k > c->room - at || k > c->far - at || c->room % WIDTH) return BAD_SIZE;
+    if (c->n < 1 || c->n > c->source || c->source % WIDTH) return BAD_SIZE;
+    if (c->vocab < 1 || c->vocab > s->head.out) return BAD_SIZE;
+    return prepare(s, c, k, max_of(c->room, c->n), w);
+}
+
+long decode(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long last,
+            float *z) {
+    Work w;
+    if (!z || last < 1 || last > k || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
+    return pass(s, c, &w, k, tokens, at, last, z);
+}
+
+/* the scores of the last g + 1 positions, and the distances of g drafted tokens */
+long verify(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long g,
+            const int64_t *draft, float *z, int64_t *token, float *confidence, float *nll) {
+    Work w;
+    int64_t drafted;
+    int v = c->vocab;
+    if (!z || !token || !confidence || (g && (!draft || !nll))) return BAD_SIZE;
+    if (g < 0 || g >= k || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
+    for (long r = 0; r < g; r++) if (!read_id(draft, r, v, &drafted)) return BAD_DRAFT;
+    if (pass(s, c, &w, k, tokens, at, g + 1, z)) return BAD_TOKEN;
+    for (long r = 0; r <= g; r++, z += v) {
+        float lse = judge(z, v, token + r, confidence + r);
+        if (r == g) break;
+        if (!read_id(draft, r, v, &drafted)) return BAD_DRAFT;
+        nll[r] = lse - z[drafted];
+    }
+    return DONE;
+}
+
+enum { FALLBACK, EOS, CAP, ENDS }; /* why a draft ended */
+
+/* a draft of at most `most` tokens; returns ENDS times their number, plus why it ended */
+long propose(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long most,
+             float least, int64_t *found, float *confidence) {
+    Work w;
+    long n = 0;
+    if (!found || !confidence || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
+    if (most < 1 || most > c->room) return BAD_SIZE;
+    if (k + most - 1 > c->room - at || k + most - 1 > c->far - at) return BAD_SIZE;
+    while (n < most) {
+        int64_t *token = found + n;
+        float *p = confidence + n;
+        if (pass(s, c, &w, k, tokens, at, 1, w.z)) return BAD_TOKEN;
+        judge(w.z, c->vocab, token, p);
+        if (*p < least || *p != *p) return ENDS*n + FALLBACK;
+        n++;
+        for (int i = 0; i < c->n_ends; i++)
+            if (*token == c->ends[i]) return ENDS*n + EOS;
+        tokens = token; /* the next pass reads what this one wrote */
+        at += k;
+        k = 1;
+    }
+    return ENDS*n + CAP;
+}
