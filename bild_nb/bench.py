@@ -98,7 +98,7 @@ def plant(model, follow: Tensor, rival: Tensor):
         sure = (math.log(len(e)) + 6)/c.d_model*scale
         rows = sure*e[:len(follow)]
         head = torch.zeros_like(e).index_add_(0, follow, rows)
-        wins = (torch.arange(len(rival)) % 2)[:, None]  # every second rival does
+        wins = (torch.arange(len(rival)) % 2)[:, None]  # odd tokens: the rival wins
         doubt = rival >= 0
         head.index_add_(0, rival[doubt], rows[doubt]*(wins*.04 + .98)[doubt])
     model.lm_head.weight = nn.Parameter(head)
