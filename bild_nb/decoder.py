@@ -116,18 +116,6 @@ class Model:
         self.model, self.tokenizer = model, tokenizer
         self._said, self._known = set(), (None, None, None)
 
-    @property
-    def device(self):
-        "Where tokens are to lie: of an offloaded model, where its hooks compute"
-        hooks = (getattr(m, '_hf_hook', None) for m in self.model.modules())
-        places = (getattr(hook, 'execution_device', None) for hook in hooks)
-        if self.model.device.type != 'meta': return self.model.device
-        return torch.device(next((p for p in places if p is not None), 'meta'))
-    @property
-    def words(self) -> int:
-        "Rows of the input embedding: ids that can be read are below this"
-        return self.model.get_input_embeddings().weight.shape[0]
-
     def open(self,
              ids: Tensor,                    # (rows, source length) int64
              mask: Tensor | None = None,     # (rows, source length) of 0 and 1
@@ -146,6 +134,21 @@ class Model:
                ) -> Tensor:              # (rows, last, vocabulary)
         "Forget what was read from `at` on, read `tokens`, give the logits after each"
         raise NotImplementedError
+
+# %% ../nbs/01_decoder.ipynb #04087d6a
+@patch(as_prop=True)
+def device(self: Model):
+    "Where tokens are to lie: of an offloaded model, where its hooks compute"
+    place = self.model.device
+    if place.type != 'meta': return place
+    hooks = (getattr(m, '_hf_hook', None) for m in self.model.modules())
+    places = (getattr(hook, 'execution_device', None) for hook in hooks)
+    return torch.device(next((p for p in places if p is not None), place))
+
+@patch(as_prop=True)
+def words(self: Model) -> int:
+    "Rows of the input embedding: ids that can be read are below this"
+    return self.model.get_input_embeddings().weight.shape[0]
 
 # %% ../nbs/01_decoder.ipynb #0b101a03
 @patch

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .policy import Draft, score
 from .decoder import Cache, Model, drafted, memory, transfer
-from .engine import Engine, NAMES, Source
+from .engine import Engine, NAMES
 
 # %% ../nbs/12_graphs.ipynb #c80c9f6c
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class GraphEngine(Engine):
                  size: int = 256,            # tokens that a cache and a source buffer hold at first
                  most: int = 11,             # tokens of the longest graph: `max_draft` + 1
                  graphs: bool | None = None, # None: on a GPU
-                 ahead: int = 5              # steps of a draft that are started before the first is looked at
+                 ahead: int = 5              # steps of a draft that start before one is looked at
                 ):
         super().__init__(model, tokenizer)
         self.size, self.most, self.ahead, self.captures = size, most, ahead, 0
@@ -58,7 +58,8 @@ class GraphEngine(Engine):
 def _zeros(self: GraphEngine, *shape, dtype=None) -> Tensor:
     "Memory that stays; it may be written to outside of inference mode"
     if dtype is None: dtype = self.dtype
-    with torch.inference_mode(False), memory('a buffer of fixed shape', math.prod(shape)*dtype.itemsize/1e9):
+    full = memory('a buffer of fixed shape', math.prod(shape)*dtype.itemsize/1e9)
+    with full, torch.inference_mode(False):
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
 def _double(n: int, least: int) -> int:
@@ -68,10 +69,12 @@ def _double(n: int, least: int) -> int:
 @patch
 def _make(self: GraphEngine, size: int, source: int) -> Buffers:
     "`Buffers` for a text of `size` tokens and a source of `source`"
-    layers, shape = len(self.decoder), (self.heads, source, self.d_kv)
-    return Buffers(
-        kv=self._zeros(layers, 2, self.heads, size, self.d_kv), source=self._zeros(2*layers, *shape), mask=self._zeros(1, 1, source),
-        at=self._zeros(1, dtype=torch.int64), line=self.decoder_bias.reach(size))
+    layers = len(self.decoder)
+    return Buffers(kv=self._zeros(layers, 2, self.heads, size, self.d_kv),
+                   source=self._zeros(2*layers, self.heads, source, self.d_kv),
+                   mask=self._zeros(1, 1, source),
+                   at=self._zeros(1, dtype=torch.int64),
+                   line=self.decoder_bias.reach(size))
 
 # %% ../nbs/12_graphs.ipynb #c4f96d4f
 @dataclass
@@ -84,7 +87,7 @@ class GraphCache(Cache):
 # %% ../nbs/12_graphs.ipynb #32947e2b
 @patch
 def _take(self: GraphEngine, size: int, source: int) -> Buffers:
-    "Free `Buffers` for `size` tokens and a source of `source`; where the free ones are too small, larger ones"
+    "Free `Buffers` for `size` tokens and a source of `source`; larger ones if they are too small"
     size, source = _double(size, self.size), _double(source, self.size)
     try: found = self.free.get_nowait()
     except Empty: return self._make(size, source)
@@ -100,7 +103,8 @@ def open(self: GraphEngine, ids, mask=None, encoded=None, settings=None, room=64
     buffers = self._take(room, n)
     buffers.kv.zero_()
     buffers.source[:, :, :n], buffers.source[:, :, n:] = s.kv, 0
-    buffers.mask[..., :n], buffers.mask[..., n:] = 0 if s.mask is None else s.mask, -torch.inf
+    buffers.mask[..., :n] = 0 if s.mask is None else s.mask
+    buffers.mask[..., n:] = -torch.inf
     cache = GraphCache(settings, buffers, s.never)
     weakref.finalize(cache, self.free.put, buffers).atexit = False
     return cache
@@ -149,20 +153,22 @@ def _capture(self: GraphEngine, b: Buffers, k: int) -> tuple:
 
 # %% ../nbs/12_graphs.ipynb #5c0ac1a2
 @patch
-def _pass(self: GraphEngine, cache: GraphCache, ids: Tensor, at: int, last: int) -> Tensor: # (last, vocabulary)
+def _pass(self: GraphEngine, cache: GraphCache, ids: Tensor, at: int, last: int) -> Tensor:
     "As `Engine._pass`, by the graph for that many tokens"
     b, k = cache.buffers, ids.shape[0]
     if k > self.most:
-        pieces = enumerate(ids.split(self.most))
-        return torch.cat([self._pass(cache, p, at + i*self.most, p.shape[0]) for i, p in pieces])[-last:]
+        pieces = [self._pass(cache, p, at + i*self.most, p.shape[0])
+                  for i, p in enumerate(ids.split(self.most))]
+        return torch.cat(pieces)[-last:]
     if at + k > b.size: self._enlarge(b, at + k)
     if k not in b.runs: b.runs[k] = self._capture(b, k)
     held, run = b.runs[k]
     b.at.fill_(at)
     held.copy_(ids)
     logits = run()[-last:, :cache.settings.vocab].clone()
+    if cache.never is not None: logits.index_fill_(1, cache.never, -torch.inf)
     cache.length = at + k
-    return logits if cache.never is None else logits.index_fill_(1, cache.never, -torch.inf)
+    return logits
 
 # %% ../nbs/12_graphs.ipynb #e8d997e6
 @patch
@@ -180,7 +186,7 @@ def warmup(self: GraphEngine,
 
 # %% ../nbs/12_graphs.ipynb #48b925eb
 @patch
-def propose(self: GraphEngine, cache: GraphCache, tokens, at, rule, state, most, logits=False) -> Draft:
+def propose(self: GraphEngine, cache, tokens, at, rule, state, most, logits=False) -> Draft:
     "As `Model.propose`, with one synchronisation for `ahead` steps"
     ids, at = self._checked(cache, tokens, at), at[0]
     found, confidence, kept, end = [], [], [], 'cap'

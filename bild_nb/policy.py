@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'QUIRKS', 'PRESETS', 'Scores', 'score', 'check', 'digits', 'Rule', 'DraftRule', 'Confidence', 'Fixed', 'Draft',
-           'Verdict', 'AcceptRule', 'NLL', 'Greedy', 'Policy', 'parse_policy', 'as_policy']
+           'Verdict', 'AcceptRule', 'NLL', 'is_argmax', 'Greedy', 'Policy', 'parse_policy', 'as_policy']
 
 # %% ../nbs/00_policy.ipynb #ba1e8590
 import json, math
@@ -120,9 +120,9 @@ class AcceptRule(Rule):
     "Which drafted tokens stay. A new rule says `keep`, or writes its own `judge`"
     needs = frozenset({'large'})  # and `small`, if it reads the small model's logits
     def keep(self,
-             scores: Scores,  # of the large model at the drafted positions, with `nll`
-             draft: Tensor    # (rows, g) tokens
-            ) -> Tensor:      # (rows, g) bool: True where the token may stay
+             large: Scores,  # (rows, g + 1), with the `nll` of the draft
+             draft: Tensor   # (rows, g) tokens
+            ) -> Tensor:     # (rows, g) bool: True where the token may stay
         raise NotImplementedError
     def judge(self,
               large: Scores,         # (rows, g + 1), with the `nll` of the draft
@@ -134,11 +134,9 @@ class AcceptRule(Rule):
         "Keep the longest prefix whose every token may stay; then the large model's own"
         g = draft.tokens.shape[-1]
         if not g: return Verdict(draft.n, large.token[..., 0])
-        token, confidence, nll, logits = large
-        at_draft = Scores(token[..., :g], confidence[..., :g], nll, logits)
-        kept = self.keep(at_draft, draft.tokens).cumprod(-1).sum(-1)
+        kept = self.keep(large, draft.tokens).cumprod(-1).sum(-1)
         n = torch.minimum(kept, draft.n)
-        return Verdict(n, token.gather(-1, n[..., None])[..., 0])
+        return Verdict(n, large.token.gather(-1, n.unsqueeze(-1)).squeeze(-1))
 
 # %% ../nbs/00_policy.ipynb #cc355c7d
 @dataclass(frozen=True)
@@ -148,15 +146,19 @@ class NLL(AcceptRule):
     strict: bool = False  # the paper's own rule, without mercy for the argmax
     def __post_init__(self):
         object.__setattr__(self, 'threshold', check('rollback', self.threshold, 0))
-    def keep(self, scores, draft):
-        near = scores.nll <= self.threshold
-        return near if self.strict else near | (draft == scores.token)
+    def keep(self, large, draft):
+        near = large.nll <= self.threshold
+        return near if self.strict else near | is_argmax(large, draft)
+
+def is_argmax(large: Scores, draft: Tensor) -> Tensor: # (rows, g) bool
+    "Where a drafted token is the large model's own"
+    return draft == large.token[..., :draft.shape[-1]]
 
 # %% ../nbs/00_policy.ipynb #8459cfd2
 @dataclass(frozen=True)
 class Greedy(AcceptRule):
     "Keep the large model's own argmax only: its greedy output"
-    def keep(self, scores, draft): return draft == scores.token
+    def keep(self, large, draft): return is_argmax(large, draft)
 
 # %% ../nbs/00_policy.ipynb #0c8697ab
 QUIRKS = dict(
@@ -243,7 +245,7 @@ def judge(self: Policy, large, small, draft, state=None, rng=None) -> Verdict:
     if 'first_only' not in self.quirks: return verdict
     over = large.nll > self.accept.threshold
     first = over & (over.cumsum(-1) == 1)
-    agrees = draft.tokens == large.token[..., :over.shape[-1]]
+    agrees = is_argmax(large, draft.tokens)
     n = torch.where((first & agrees).any(-1), draft.n, verdict.n)
     return Verdict(n, large.token.gather(-1, n[..., None])[..., 0])
 
