@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 from .decode import check_ids, check_mask
-from .decoder import Cache, Model, check_position, drafted, memory, size_gb, transfer
+from .decoder import Cache, Model, check_position, drafted
+from .decoder import memory, size_gb, transfer
 from .policy import Draft, Scores, score
 
 # %% ../nbs/10_engine.ipynb #0af5551c
@@ -155,26 +156,33 @@ def _other_weights(model) -> str | None:
         if weight is None: continue
         if type(weight.detach()) is not Tensor:
             return f'the weight of {name} is no plain tensor ({type(weight).__name__})'
-        if weight.layout != torch.strided: return f'the weight of {name} is {str(weight.layout)[6:]}'
+        if weight.layout != torch.strided:
+            return f'the weight of {name} is {str(weight.layout)[6:]}'
     weights = [m.weight for m in model.modules() if hasattr(m, 'weight')]
     devices = {str(w.device) for w in weights}
     dtypes = {str(w.dtype)[6:] for w in weights}
-    if len(devices) > 1: return f'it is on several devices ({", ".join(sorted(devices))})'
+    if len(devices) > 1:
+        return f'it is on several devices ({", ".join(sorted(devices))})'
     if len(dtypes) > 1: return f'it is in several types ({", ".join(sorted(dtypes))})'
     if not dtypes <= {'float32', 'bfloat16'}: return f'it is in {dtypes.pop()}'
-    if weights[0].device.type not in ('cpu', 'cuda'): return f'it is on {weights[0].device}'
+    device = weights[0].device
+    if device.type not in ('cpu', 'cuda'): return f'it is on {device}'
 
 # %% ../nbs/10_engine.ipynb #589d507e
-SHAPES = {'q k v': 'inner d_model', 'o': 'd_model inner', 'wi wi_0 wi_1': 'd_ff d_model',
-          'wo': 'd_model d_ff', 'layer_norm final_layer_norm': 'd_model',
-          'relative_attention_bias': 'buckets heads', 'shared embed_tokens lm_head': 'vocab d_model'}
-SHAPES = {role: shape.split() for roles, shape in SHAPES.items() for role in roles.split()}
+SHAPES = {'q k v': 'inner d_model', 'o': 'd_model inner',
+          'wi wi_0 wi_1': 'd_ff d_model', 'wo': 'd_model d_ff',
+          'layer_norm final_layer_norm': 'd_model',
+          'relative_attention_bias': 'buckets heads',
+          'shared embed_tokens lm_head': 'vocab d_model'}
+SHAPES = {role: shape.split() for roles, shape in SHAPES.items()
+          for role in roles.split()}
 
 def _other_shapes(model) -> str | None:
     "Weights that are not what the config says"
     c = model.config
     size = dict(inner=c.num_heads*c.d_kv, d_model=c.d_model, d_ff=c.d_ff,
-                vocab=c.vocab_size, buckets=c.relative_attention_num_buckets, heads=c.num_heads)
+                vocab=c.vocab_size, heads=c.num_heads,
+                buckets=c.relative_attention_num_buckets)
     for name, m in model.named_modules():
         if not hasattr(m, 'weight'): continue
         role = name.rpartition('.')[2]
@@ -194,7 +202,8 @@ def _other_numbers(model) -> str | None:
                relative_attention_num_buckets=c.relative_attention_num_buckets)
     for name, m in model.named_modules():
         for k, v in own.items():
-            if getattr(m, k, v) != v: return f'{k} of {name} is {getattr(m, k)}, its config says {v}'
+            if getattr(m, k, v) != v:
+                return f'{k} of {name} is {getattr(m, k)}, its config says {v}'
         if hasattr(m, 'wo') and hasattr(m, 'wi_1') != c.is_gated_act:
             return f'{name} has {1 + hasattr(m, "wi_1")} wi, its config says otherwise'
 
@@ -206,7 +215,8 @@ def unsupported(model # a transformers model
     for look in looks:
         if why := look(model): return why
     try: t5_family(model)
-    except (AttributeError, IndexError) as e: return f'its modules are not those of T5 ({e})'
+    except (AttributeError, IndexError) as e:
+        return f'its modules are not those of T5 ({e})'
 
 # %% ../nbs/10_engine.ipynb #63828fdd
 PACKED_FROM = 2**16  # weights of a matrix; below that a plain product is as fast
@@ -215,15 +225,17 @@ COLD = 2**24         # weights of a model that is too large for a processor's ca
 def packs() -> bool:
     "Whether this build of torch has oneDNN's packed products"
     ops = '_reorder_linear_weight', '_linear_pointwise'
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, op) for op in ops)
+    if not torch.backends.mkldnn.is_available(): return False
+    return all(hasattr(torch.ops.mkldnn, op) for op in ops)
 
 # %% ../nbs/10_engine.ipynb #42725c51
 def linear(weight: Tensor, # (out, in)
-           rows: int = 1   # of the shortest packed product; shorter inputs are filled up
+           rows: int = 1   # of the shortest packed product; fewer are filled up
           ):               # a function from (m, in) to (m, out)
     "A product with `weight` that is fast for few rows"
     plain = weight.device.type != 'cpu' or weight.dtype != torch.float32
-    if plain or weight.numel() < PACKED_FROM or not packs(): return lambda x: F.linear(x, weight)
+    if plain or weight.numel() < PACKED_FROM or not packs():
+        return lambda x: F.linear(x, weight)
     reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     product = torch.ops.mkldnn._linear_pointwise.default  # found once, not in each call
     def packed(x):
@@ -254,7 +266,8 @@ def linear8(weight: Tensor, # (out, in)
     scale = weight.abs().amax(1).clamp(min=1e-8)/127
     zeros = torch.zeros(len(scale), dtype=torch.int64, device='cpu')
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch names a successor without such CPU kernels
+        # torch names a successor, which has no such CPU kernels
+        warnings.simplefilter('ignore')
         q = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(q, None)
     product = torch.ops.quantized.linear_dynamic.default
@@ -263,7 +276,7 @@ def linear8(weight: Tensor, # (out, in)
 
 # %% ../nbs/10_engine.ipynb #e8a5bd80
 class Positions:
-    "The position bias of a stack, as a line over the distances from `1 - size` to `size - 1`"
+    "The position bias of a stack: a line over the distances `1 - size` to `size - 1`"
     def __init__(self,
                  stack: Stack,
                  dtype: torch.dtype,
@@ -271,15 +284,18 @@ class Positions:
                 ):
         a = stack.bias
         self.causal, self.dtype = stack.causal, dtype
-        self.table = a.relative_attention_bias.weight.detach().clone()  # (buckets, heads)
+        weight = a.relative_attention_bias.weight
+        self.table = weight.detach().clone()  # (buckets, heads)
         self.bucket = partial(a._relative_position_bucket,
-                              bidirectional=not stack.causal, num_buckets=len(self.table),
+                              bidirectional=not stack.causal,
+                              num_buckets=len(self.table),
                               max_distance=a.relative_attention_max_distance)
         self.line = self.make(size)
 
     def make(self, size: int) -> Tensor: # (heads, 2 size - 1)
         "The line for `size` tokens"
-        distance = torch.arange(1 - size, size, device=self.table.device)  # key minus query
+        # key minus query
+        distance = torch.arange(1 - size, size, device=self.table.device)
         line = self.table[self.bucket(distance)].T.to(self.dtype)
         if self.causal: line = line.masked_fill(distance > 0, -torch.inf)
         return line.contiguous()
@@ -301,15 +317,19 @@ def window(self: Positions,
           ) -> Tensor:  # (heads, k, n)
     "The bias of queries `start` to `start + k` against keys 0 to `n`"
     line = self.reach(max(n, start + k))
-    first = line.shape[1]//2 + 1 - start - k  # where the window of the last query begins
+    first = line.shape[1]//2 + 1 - start - k  # the last query's window begins here
     return line[:, first:first + k - 1 + n].unfold(1, n, 1).flip(1)
 
 # %% ../nbs/10_engine.ipynb #09f1085f
 def norm(weight: Tensor, eps: float):
     "T5's layer norm with `weight` as a function"
-    if weight.device.type != 'cpu': return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+    if weight.device.type != 'cpu':
+        return lambda x: F.rms_norm(x, weight.shape, weight, eps)
     d, twice = len(weight), weight.repeat(2)
-    return lambda x: torch.layer_norm(torch.cat((x, -x), -1), (2*d,), twice, None, eps)[:, :d]
+    def mirrored(x):
+        both = torch.cat((x, -x), -1)
+        return torch.layer_norm(both, (2*d,), twice, None, eps)[:, :d]
+    return mirrored
 
 # %% ../nbs/10_engine.ipynb #03c1072a
 class Layer:
@@ -319,10 +339,12 @@ class Layer:
         a, c, f, eps = block.attention, block.cross, block.feed, family.eps
         self.heads, self.gated = family.heads, family.gated
         self.activation = ACTIVATIONS[family.activation]
-        self.norm, self.qkv, self.o = norm(a.norm, eps), product(a.q, a.k, a.v), product(a.o)
-        self.feed_norm, self.wi, self.wo = norm(f.norm, eps), product(*f.wi), product(f.wo)
+        self.norm, self.feed_norm = norm(a.norm, eps), norm(f.norm, eps)
+        self.qkv, self.o = product(a.q, a.k, a.v), product(a.o)
+        self.wi, self.wo = product(*f.wi), product(f.wo)
         if c is None: return
-        self.cross_norm, self.cross_q, self.cross_o = norm(c.norm, eps), product(c.q), product(c.o)
+        self.cross_norm = norm(c.norm, eps)
+        self.cross_q, self.cross_o = product(c.q), product(c.o)
 
 # %% ../nbs/10_engine.ipynb #0ccc547f
 def attend(q: Tensor,            # (heads, k, d)
@@ -390,14 +412,16 @@ class Engine(Model):
                  tokenizer=None,    # shows texts in traces
                  int8: bool = False # weights in int8 (CPU, a model in fp32)
                 ):
-        if why := unsupported(model): raise ValueError(f'the engine cannot run this model: {why}')
+        if why := unsupported(model):
+            raise ValueError(f'the engine cannot run this model: {why}')
         kind = str(model.dtype)[6:]
         if int8 and (model.device.type, kind) != ('cpu', 'float32'):
             raise ValueError('the engine runs int8 from fp32 on a CPU; '
                              f'this model is in {kind} on {model.device}')
         super().__init__(model, tokenizer)
         self.settings()  # warns of what is not followed
-        self.int8, self.backend = int8, f'engine, {"int8" if int8 else NAMES[model.dtype]}'
+        self.int8 = int8
+        self.backend = f'engine, {"int8" if int8 else NAMES[model.dtype]}'
         full = memory('a copy of the weights', size_gb(model)/(4 if int8 else 1))
         with full, torch.inference_mode(False), torch.no_grad():
             self._lay_out(t5_family(model))
@@ -417,7 +441,8 @@ def _lay_out(self: Engine, family: Family):
     self.decoder = [Layer(b, family, steps) for b in decoder.blocks]
     self.encoder_bias = Positions(encoder, self.dtype)
     self.decoder_bias = Positions(decoder, self.dtype)
-    self.encoder_norm, self.norm = norm(encoder.norm, eps), norm(decoder.norm*family.scale, eps)
+    self.encoder_norm = norm(encoder.norm, eps)
+    self.norm = norm(decoder.norm*family.scale, eps)
     kv = [weight for b in decoder.blocks for weight in (b.cross.k, b.cross.v)]
     self.cross_kv, self.head = over_source(torch.cat(kv)), steps(family.head)
 
@@ -436,7 +461,7 @@ class EngineCache(Cache):
     kv: Tensor           # (layers, 2, heads, room, d_kv)
     cross_keys: tuple    # (heads, d_kv, source length) of each layer
     cross_values: tuple  # (heads, source length, d_kv)
-    mask: Tensor | None  # (1, 1, source length), what is added to the scores of the source
+    mask: Tensor | None  # (1, 1, source length), added to the scores of the source
     never: Tensor | None # ids that are never written
     length: int = 0      # tokens read
 
@@ -446,7 +471,8 @@ def _room(self: Engine, n: int) -> Tensor:
     "Keys and values for `n` tokens: (layers, 2, heads, n, d_kv)"
     shape = len(self.decoder), 2, self.heads, n, self.d_kv
     full = memory(f'a cache for {n} tokens', math.prod(shape)*self.dtype.itemsize/1e9)
-    with full, torch.inference_mode(False):  # so that it may be written to outside of that mode
+    # no tensor of inference mode: it may be written to outside of that mode
+    with full, torch.inference_mode(False):
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 @patch
@@ -479,7 +505,8 @@ def encode(self: Engine,
     "The encoder's last hidden state"
     n = ids.shape[0]
     with memory(f'a source of {n} tokens', 3*self.heads*n*n*self.dtype.itemsize/1e9):
-        torch.empty(self.heads, n, n, dtype=self.dtype, device=self.device)  # fails early
+        # fails early
+        torch.empty(self.heads, n, n, dtype=self.dtype, device=self.device)
         bias = self.encoder_bias.window(0, n, n)
         if mask is not None: bias = bias + mask
         x = F.embedding(ids, self.source_embedding)
@@ -490,7 +517,7 @@ def encode(self: Engine,
 @dataclass
 class Source:
     "What the decoder's passes need of a source"
-    kv: Tensor           # (2*layers, heads, source length, d_kv), keys and values in turn
+    kv: Tensor           # (2*layers, heads, source length, d_kv), keys, values in turn
     mask: Tensor | None  # (1, 1, source length), what is added to the scores
     never: Tensor | None # ids that the text must not have
 
@@ -514,7 +541,8 @@ def _source(self: Engine, ids, mask, encoded, settings) -> Source:
 
 # %% ../nbs/10_engine.ipynb #59fb68fc
 @patch
-def open(self: Engine, ids, mask=None, encoded=None, settings=None, room=64) -> EngineCache:
+def open(self: Engine, ids, mask=None, encoded=None, settings=None, room=64
+        ) -> EngineCache:
     "As `Model.open`"
     if settings is None: settings = self.settings()
     s, kv = self._source(ids, mask, encoded, settings), self._room(max(room, 16))
@@ -537,7 +565,8 @@ def _pass(self: Engine, cache: EngineCache,
     new, keys = seen[:, :, :, at:].unbind(), seen[:, 0].transpose(-1, -2).unbind()
     cached = zip(new, keys, seen[:, 1].unbind())
     source = zip(cache.cross_keys, cache.cross_values)
-    for layer, (to, key, value), (far_key, far_value) in zip(self.decoder, cached, source):
+    layers = zip(self.decoder, cached, source)
+    for layer, (to, key, value), (far_key, far_value) in layers:
         x = layer.decode(x, to.copy_, key, value, bias)
         x = layer.cross(x, far_key, far_value, cache.mask)
         x = layer.feed(x)
@@ -567,7 +596,9 @@ def logsumexp(z: Tensor,  # (k, vocabulary)
               top: Tensor # (k) the largest of each row
              ) -> Tensor: # (k)
     "As `z.logsumexp(-1)`, without a tensor of the vocabulary's size"
-    return top + sum((p - top[:, None]).exp_().sum(-1) for p in z.split(PIECE, -1)).log_()
+    pieces = z.split(PIECE, -1)
+    total = sum((p - top[:, None]).exp_().sum(-1) for p in pieces)
+    return top + total.log_()
 
 # %% ../nbs/10_engine.ipynb #c3501e23
 def fast_score(logits: Tensor,   # (k, vocabulary)

@@ -21,13 +21,14 @@ from .engine import Engine, NAMES
 # %% ../nbs/12_graphs.ipynb #c80c9f6c
 @dataclass(eq=False)
 class Buffers:
-    "The tensors of one text that do not move, and the passes that were recorded over them"
+    "The tensors of one text that do not move, and the passes recorded over them"
     kv: Tensor        # (layers, 2, heads, size, d_kv), of the tokens
     source: Tensor    # (2*layers, heads, source room, d_kv), keys and values in turn
     mask: Tensor      # (1, 1, source room), added to the scores of the source
     at: Tensor        # (1) position of a pass's first token
     line: Tensor      # (heads, 2*n - 1), position biases by distance, n >= size
-    runs: dict = field(default_factory=dict) # from the number of tokens to its input and a function
+    # from the number of tokens of a pass to its input and a function
+    runs: dict = field(default_factory=dict)
 
     @property
     def size(self) -> int: return self.kv.shape[3]
@@ -38,10 +39,10 @@ class GraphEngine(Engine):
     def __init__(self,
                  model,                      # a T5 or mT5
                  tokenizer=None,             # shows texts in traces
-                 size: int = 256,            # tokens that a cache and a source buffer hold at first
-                 most: int = 11,             # tokens of the longest graph: `max_draft` + 1
+                 size: int = 256,            # tokens of a cache and a source at first
+                 most: int = 11,             # tokens of the longest graph: max_draft+1
                  graphs: bool | None = None, # None: on a GPU
-                 ahead: int = 5              # steps of a draft that start before one is looked at
+                 ahead: int = 5              # steps of a draft before one is looked at
                 ):
         super().__init__(model, tokenizer)
         self.size, self.most, self.ahead, self.captures = size, most, ahead, 0
@@ -50,7 +51,7 @@ class GraphEngine(Engine):
         self.free, self.lock = SimpleQueue(), threading.Lock()
 
     def made_with(self):
-        own = {name: getattr(self, name) for name in ('size', 'most', 'graphs', 'ahead')}
+        own = dict(size=self.size, most=self.most, graphs=self.graphs, ahead=self.ahead)
         return dict(Model.made_with(self), **own)
 
 # %% ../nbs/12_graphs.ipynb #6215da60
@@ -87,7 +88,7 @@ class GraphCache(Cache):
 # %% ../nbs/12_graphs.ipynb #32947e2b
 @patch
 def _take(self: GraphEngine, size: int, source: int) -> Buffers:
-    "Free `Buffers` for `size` tokens and a source of `source`; larger ones if they are too small"
+    "Free `Buffers` for `size` tokens and a source of `source`, or larger ones"
     size, source = _double(size, self.size), _double(source, self.size)
     try: found = self.free.get_nowait()
     except Empty: return self._make(size, source)
@@ -95,7 +96,8 @@ def _take(self: GraphEngine, size: int, source: int) -> Buffers:
     return self._make(max(size, found.size), max(source, found.source.shape[2]))
 
 @patch
-def open(self: GraphEngine, ids, mask=None, encoded=None, settings=None, room=64) -> GraphCache:
+def open(self: GraphEngine, ids, mask=None, encoded=None, settings=None, room=64
+        ) -> GraphCache:
     "As `Model.open`"
     if settings is None: settings = self.settings()
     s = self._source(ids, mask, encoded, settings)
@@ -115,7 +117,8 @@ def _enlarge(self: GraphEngine, buffers: Buffers, n: int):
     "Make room for `n` tokens"
     kv = self._zeros(*buffers.kv.shape[:3], _double(n, self.size), self.d_kv)
     kv[:, :, :, :buffers.size] = buffers.kv
-    buffers.kv, buffers.line, buffers.runs = kv, self.decoder_bias.reach(kv.shape[3]), {}
+    line = self.decoder_bias.reach(kv.shape[3])
+    buffers.kv, buffers.line, buffers.runs = kv, line, {}
 
 # %% ../nbs/12_graphs.ipynb #b6e36a0c
 @patch
@@ -126,7 +129,8 @@ def fixed(self: GraphEngine, b: Buffers, ids: Tensor) -> Tensor: # (k, vocabular
     x, bias = F.embedding(ids, self.embedding), b.line[:, distance + b.line.shape[1]//2]
     cross = zip(b.source[::2].transpose(-1, -2).unbind(), b.source[1::2].unbind())
     for layer, kv, (cross_key, cross_value) in zip(self.decoder, b.kv.unbind(), cross):
-        x = layer.decode(x, partial(kv.index_copy_, 2, rows), kv[0].transpose(-1, -2), kv[1], bias)
+        store = partial(kv.index_copy_, 2, rows)
+        x = layer.decode(x, store, kv[0].transpose(-1, -2), kv[1], bias)
         x = layer.cross(x, cross_key, cross_value, b.mask)
         x = layer.feed(x)
     return self.head(self.norm(x))
@@ -145,7 +149,8 @@ def _capture(self: GraphEngine, b: Buffers, k: int) -> tuple:
             for _ in range(2): self.fixed(b, ids)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode='thread_local'): out = self.fixed(b, ids)
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            out = self.fixed(b, ids)
     def run():
         graph.replay()
         return out
@@ -153,7 +158,8 @@ def _capture(self: GraphEngine, b: Buffers, k: int) -> tuple:
 
 # %% ../nbs/12_graphs.ipynb #5c0ac1a2
 @patch
-def _pass(self: GraphEngine, cache: GraphCache, ids: Tensor, at: int, last: int) -> Tensor:
+def _pass(self: GraphEngine, cache: GraphCache, ids: Tensor, at: int, last: int
+         ) -> Tensor:
     "As `Engine._pass`, by the graph for that many tokens"
     b, k = cache.buffers, ids.shape[0]
     if k > self.most:
@@ -186,7 +192,8 @@ def warmup(self: GraphEngine,
 
 # %% ../nbs/12_graphs.ipynb #48b925eb
 @patch
-def propose(self: GraphEngine, cache, tokens, at, rule, state, most, logits=False) -> Draft:
+def propose(self: GraphEngine, cache, tokens, at, rule, state, most, logits=False
+           ) -> Draft:
     "As `Model.propose`, with one synchronisation for `ahead` steps"
     ids, at = self._checked(cache, tokens, at), at[0]
     found, confidence, kept, end = [], [], [], 'cap'
