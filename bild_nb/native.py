@@ -28,7 +28,8 @@ from .policy import Draft, ENDS, Scores
 # %% ../nbs/11_native.ipynb #3021b7f2
 ACTIVATIONS = ['relu', 'gelu_new', 'silu', 'gelu']
 BAD_TOKEN, BAD_DRAFT, BAD_SIZE = -1, -2, -3  # what a call returns that did nothing
-_pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+_pointer, _int = ctypes.c_void_p, ctypes.c_int
+_long, _float = ctypes.c_long, ctypes.c_float
 
 def _fields(kind, names: str) -> list:
     "Fields of a C structure that share a type"
@@ -42,7 +43,8 @@ class Layer(ctypes.Structure):
                 _fields(_pointer, 'norm cross_norm feed_norm'))
 
 class Stack(ctypes.Structure):
-    _fields_ = (_fields(_int, 'd heads dk ff gated act layers causal') + _fields(_float, 'eps') +
+    _fields_ = (_fields(_int, 'd heads dk ff gated act layers causal') +
+                _fields(_float, 'eps') +
                 _fields(_long, 'words') + _fields(_pointer, 'embedding norm layer') +
                 _fields(Matrix, 'head'))
 
@@ -50,10 +52,13 @@ class Stack(ctypes.Structure):
 class Text(ctypes.Structure):
     "What C knows of one text"
     _fields_ = (_fields(_long, 'vocab') + _fields(_pointer, 'never ends') +
-                _fields(_int, 'nevers n_ends') + _fields(_pointer, 'line') + _fields(_long, 'far') +
+                _fields(_int, 'nevers n_ends') + _fields(_pointer, 'line') +
+                _fields(_long, 'far') +
                 _fields(_pointer, 'mask kv') +
-                _fields(_long, 'room') + _fields(_pointer, 'cross') + _fields(_long, 'n source') +
-                _fields(_pointer, 'work') + _fields(_long, 'floats') + _fields(_int, 'threads'))
+                _fields(_long, 'room') + _fields(_pointer, 'cross') +
+                _fields(_long, 'n source') +
+                _fields(_pointer, 'work') + _fields(_long, 'floats') +
+                _fields(_int, 'threads'))
     kept = {}  # what its addresses point to
 
     def having(self, **found) -> 'Text':
@@ -104,12 +109,13 @@ def library_name(key: str, content: bytes) -> str:
 
 # %% ../nbs/11_native.ipynb #9e55a2b0
 def private_folder() -> Path:
-    "The folder of compiled code, where nobody else can write; `OSError` if there is none"
+    "The folder of compiled code, where nobody else writes; `OSError` without one"
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'bild_nb'
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise OSError(f'{folder} is not a folder of this user, so no code is loaded from it')
+        raise OSError(f'{folder} is not a folder of this user, '
+                      'so no code is loaded from it')
     if found.st_mode & 0o077: folder.chmod(0o700)
     if found.st_mode & 0o022:
         for file in folder.glob('native-*'): file.unlink()
@@ -131,7 +137,8 @@ def call_compiler(command: list, # program and arguments
                  ) -> str | None:
     "Run `command`; what it says if it fails, or None"
     with tempfile.TemporaryFile(dir=folder) as said:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                                   stdout=said, stderr=said,
                                    start_new_session=True)
         try: failed = process.wait(max(until - time.monotonic(), 0))
         except BaseException as e:
@@ -146,7 +153,8 @@ def call_compiler(command: list, # program and arguments
 # %% ../nbs/11_native.ipynb #c8e62a2f
 def build(cc: str, folder: Path, key: str) -> Path:
     "Compile the code into `folder`; raises `OSError` with the compiler's words"
-    tune = ['-mtune=skylake-avx512'] if platform.machine() in ('x86_64', 'AMD64') else []
+    x86 = platform.machine() in ('x86_64', 'AMD64')
+    tune = ['-mtune=skylake-avx512'] if x86 else []
     until = time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory(dir=folder) as work:
         source, result = Path(work)/'native.c', Path(work)/'native.so'
@@ -166,11 +174,13 @@ def typed(lib):
     p, i, n = _pointer, _int, _long
     functions = dict(struct_size=[i], int8_top=[], multiply=[p, p, i, p, p, i],
                      scratch=[p, p, n, n, n, n, i], read_source=[p, p, p, p, n, p, p],
-                     decode=[p, p, n, p, n, n, p], verify=[p, p, n, p, n, n, p, p, p, p, p],
+                     decode=[p, p, n, p, n, n, p],
+                     verify=[p, p, n, p, n, n, p, p, p, p, p],
                      propose=[p, p, n, p, n, n, _float, p, p])
     for name, types in functions.items():
         function = getattr(lib, name, None)
-        if function is None: raise OSError(f'the compiled library has no function {name}')
+        if function is None:
+            raise OSError(f'the compiled library has no function {name}')
         function.argtypes, function.restype = types, i if name == 'int8_top' else n
     for which, structure in enumerate((Matrix, Layer, Stack, Text)):
         size = lib.struct_size(which)
@@ -184,11 +194,12 @@ def load_library():
     cc, folder = compiler(), private_folder()
     key = library_key(cc)
     if kept := kept_library(folder, key):
-        with suppress(OSError): return typed(ctypes.CDLL(str(kept)))  # what it needs may be gone
+        with suppress(OSError):  # what it needs may be gone
+            return typed(ctypes.CDLL(str(kept)))
     return typed(ctypes.CDLL(str(build(cc, folder, key))))
 
 # %% ../nbs/11_native.ipynb #6127a5fc
-_attempt = []  # of the one that was made: the library and None, or None and why there is none
+_attempt = []  # the one that was made: the library and None, or None and the reason
 _attempt_lock = threading.Lock()
 
 def library():
@@ -212,7 +223,7 @@ def panels(x: Tensor) -> Tensor: # (panels, 32, ...)
     return filled.unflatten(0, (-1, PANEL))
 
 class Weights:
-    "The weights of a model as the C code reads them; keeps the memory that its structures point to"
+    "A model's weights as C reads them; keeps the memory that structures point to"
     def __init__(self, int8: bool = False): self.int8, self.kept = int8, []
 
     def keep(self, x: Tensor) -> int:
@@ -222,7 +233,7 @@ class Weights:
         return self.kept[-1].data_ptr()
 
     def matrix(self, *weights: Tensor) -> Matrix: # (out, in) each
-        "`weights` one under the other, in panels: input by input, or in int8 four inputs by four"
+        "`weights` one under the other, in panels: input by input, in int8 four by four"
         weight = torch.cat([w.detach().float() for w in weights])
         out, inp = weight.shape
         if not self.int8:
@@ -232,15 +243,18 @@ class Weights:
         q = (weight/scale[:, None]).round().to(torch.int8)
         fours = panels(F.pad(q, (0, -inp % 4))).unflatten(2, (-1, 4)).transpose(1, 2)
         sums = q.sum(1, dtype=torch.int32)
-        return Matrix(*(self.keep(x) for x in (fours, panels(scale), panels(sums))), out, inp)
+        parts = [self.keep(x) for x in (fours, panels(scale), panels(sums))]
+        return Matrix(*parts, out, inp)
 
 # %% ../nbs/11_native.ipynb #4604f10e
 @patch
 def layer(self: Weights, block: Block) -> Layer:
     "One block of an encoder or decoder"
     a, c, f = block.attention, block.cross, block.feed
-    made = Layer(norm=self.keep(a.norm), qkv=self.matrix(a.q, a.k, a.v), o=self.matrix(a.o),
-                 feed_norm=self.keep(f.norm), wi=self.matrix(*f.wi), wo=self.matrix(f.wo))
+    made = Layer(norm=self.keep(a.norm), qkv=self.matrix(a.q, a.k, a.v),
+                 o=self.matrix(a.o),
+                 feed_norm=self.keep(f.norm), wi=self.matrix(*f.wi),
+                 wo=self.matrix(f.wo))
     if c is not None:
         made.cross_norm, made.cross_kv = self.keep(c.norm), self.matrix(c.k, c.v)
         made.cross_q, made.cross_o = self.matrix(c.q), self.matrix(c.o)
@@ -252,8 +266,10 @@ def stack(self: Weights, stack, family: Family, scale: float = 1.) -> Stack:
     layers = (Layer*len(stack.blocks))(*(self.layer(b) for b in stack.blocks))
     self.kept.append(layers)
     return Stack(d=family.d_model, heads=family.heads, dk=family.d_kv, ff=family.d_ff,
-                 gated=family.gated, act=ACTIVATIONS.index(family.activation), eps=family.eps,
-                 layers=len(layers), layer=ctypes.addressof(layers), causal=stack.causal,
+                 gated=family.gated, act=ACTIVATIONS.index(family.activation),
+                 eps=family.eps,
+                 layers=len(layers), layer=ctypes.addressof(layers),
+                 causal=stack.causal,
                  words=len(stack.embedding), embedding=self.keep(stack.embedding),
                  norm=self.keep(stack.norm*scale))
 
@@ -262,32 +278,36 @@ def unusable(model, int8: bool = False) -> str | None:
     "Why the native engine cannot run `model`, or None"
     if why := unsupported(model): return why
     if (model.device.type, model.dtype) != ('cpu', torch.float32):
-        return f'it is in {str(model.dtype)[6:]} on {model.device}, and C code runs fp32 on a CPU'
+        kind = str(model.dtype)[6:]
+        return f'it is in {kind} on {model.device}, and C code runs fp32 on a CPU'
     try: top = library().int8_top()
     except OSError as e: return str(e)
     if not int8: return None
     if not top: return 'its int8 products need AVX2'
     c = model.config
     widest = max(c.d_model, c.d_ff, c.num_heads*c.d_kv)
-    if widest > 2**16: return f'a sum of {widest} int8 products may not fit into 32 bits'
+    if widest > 2**16:
+        return f'a sum of {widest} int8 products may not fit into 32 bits'
 
 # %% ../nbs/11_native.ipynb #1c965dba
 class NativeEngine(Model):
-    "A T5 or mT5 whose passes are calls of C code. Raises `ValueError` where it cannot run"
+    "A T5 or mT5 whose passes are calls of C code; a `ValueError` where it cannot run"
     snapshot, device, words = True, torch.device('cpu'), 0
     def __init__(self,
-                 model,             # a T5 or mT5 in fp32 on a CPU; its weights are copied
+                 model,             # a T5 or mT5 in fp32 on a CPU; weights are copied
                  tokenizer=None,    # shows texts in traces
                  int8: bool = False # weights in int8
                 ):
         why = unusable(model, int8)
         if why: raise ValueError(f'the native engine cannot run this model: {why}')
         super().__init__(model, tokenizer)
-        self.int8, self.lib, self.backend = int8, library(), f'native, {"int8" if int8 else "fp32"}'
-        self.shares = model.num_parameters() > COLD  # whether threads share its products
+        self.int8, self.lib = int8, library()
+        self.backend = f'native, {"int8" if int8 else "fp32"}'
+        self.shares = model.num_parameters() > COLD  # whether threads share products
         self.settings()
         need = size_gb(model)/(4 if int8 else 1)
-        with torch.no_grad(), memory('a copy of the weights in the order of the C code', need):
+        what = 'a copy of the weights in the order of the C code'
+        with torch.no_grad(), memory(what, need):
             self._lay_out(t5_family(model), Weights(int8))
 
     def made_with(self): return dict(super().made_with(), int8=self.int8)
@@ -296,7 +316,8 @@ class NativeEngine(Model):
 @patch
 def _lay_out(self: NativeEngine, family: Family, weights: Weights):
     "The structures of the C code for the weights of `family`"
-    self.weights, self.width, self.inner = weights, family.d_model, family.heads*family.d_kv
+    self.weights, self.width = weights, family.d_model
+    self.inner = family.heads*family.d_kv
     self.encoder = weights.stack(family.encoder, family)
     self.decoder = weights.stack(family.decoder, family, family.scale)
     self.decoder.head = weights.matrix(family.head)
@@ -333,23 +354,29 @@ def _memory(self: NativeEngine,
     "More memory for `text`, with all that was read"
     was, layers, old = text.room, self.decoder.layers, text.kept.get('kv')
     room = was if room <= was else _up(max(room, 2*was))
-    floats = self.lib.scratch(*self.at, text.n, max(rows, 16), room, text.vocab, text.threads)
+    floats = self.lib.scratch(*self.at, text.n, max(rows, 16), room,
+                              text.vocab, text.threads)
     need = 4e-9*(floats + layers*2*self.inner*room)
     with memory(f'a text of {room} tokens after a source of {text.n}', need):
         work = _empty(max(floats, text.floats))
         kv = old if room == was else _empty(layers, 2, self.inner*room)
         line = self.decoder_bias.reach(room)
     if old is not None and kv is not old: kv[:, :, :self.inner*was] = old
-    return dict(kv=kv, room=room, line=line, far=line.shape[1]//2 + 1, work=work, floats=len(work))
+    return dict(kv=kv, room=room, line=line, far=line.shape[1]//2 + 1,
+                work=work, floats=len(work))
 
 # %% ../nbs/11_native.ipynb #3e24bcbc
-WHOLE = {getattr(torch, f'{sign}int{bits}') for sign in ('', 'u') for bits in (8, 16, 32, 64)}
+WHOLE = {getattr(torch, f'{sign}int{bits}')
+         for sign in ('', 'u') for bits in (8, 16, 32, 64)}
 
 def _seen(x, what: str) -> Tensor:
     "`x` if it is a tensor whose memory can be read here"
-    if not isinstance(x, Tensor): raise TypeError(f'{what} are a {type(x).__name__}: give a tensor')
-    if not x.is_cpu: raise ValueError(f'{what} are on {x.device}: the native engine is on the CPU')
-    if x.layout is not torch.strided: raise TypeError(f'{what} are {x.layout}: give a plain tensor')
+    if not isinstance(x, Tensor):
+        raise TypeError(f'{what} are a {type(x).__name__}: give a tensor')
+    if not x.is_cpu:
+        raise ValueError(f'{what} are on {x.device}: the native engine is on the CPU')
+    if x.layout is not torch.strided:
+        raise TypeError(f'{what} are {x.layout}: give a plain tensor')
     return x
 
 def as_ids(ids,
@@ -357,14 +384,18 @@ def as_ids(ids,
            least: int = 1 # ids that there must be
           ) -> Tensor:    # (1, k) int64
     "`ids` as C reads them; a `TypeError` or `ValueError` if they are no row of ids"
-    if _seen(ids, what).dtype not in WHOLE:
-        dtype = str(ids.dtype)[6:]
-        raise TypeError(f'{what} are in {dtype}: ids are whole numbers, as torch.int64')
-    if ids.ndim != 2 or ids.shape[0] != 1 or not least <= ids.shape[1] <= LONGEST:
-        shape = tuple(ids.shape)
-        raise ValueError(f'{what} have the shape {shape}: give one row of {least} to {LONGEST} ids')
-    if ids.dtype is torch.int64 and ids.is_contiguous(): return ids
-    return ids.to(torch.int64).contiguous()
+    if _seen(ids, what).dtype is not torch.int64: ids = _whole(ids, what)
+    shape = ids.shape
+    if len(shape) != 2 or shape[0] != 1 or not least <= shape[1] <= LONGEST:
+        shape = tuple(shape)
+        raise ValueError(f'{what} have the shape {shape}: '
+                         f'give one row of {least} to {LONGEST} ids')
+    return ids.contiguous()
+
+def _whole(ids: Tensor, what: str) -> Tensor:
+    "Ids of another type"
+    if ids.dtype in WHOLE: return ids.to(torch.int64)
+    raise TypeError(f'{what} are in {str(ids.dtype)[6:]}: ids are whole numbers, as torch.int64')
 
 def outside(ids: Tensor, below: int, what: str) -> IndexError:
     "The error for ids that are not below `below`"
@@ -376,20 +407,24 @@ def _mask(mask, ids: Tensor) -> Tensor | None: # (n), added to scores
     "What the mask of a source adds to the scores of its tokens; None: nothing"
     if mask is None: return None
     if _seen(mask, 'masks').shape != ids.shape:
-        raise ValueError(f'a mask of shape {tuple(mask.shape)} for ids of shape {tuple(ids.shape)}')
+        raise ValueError(f'a mask of shape {tuple(mask.shape)} '
+                         f'for ids of shape {tuple(ids.shape)}')
     hidden = mask[0] == 0
     if not hidden.any(): return None
-    low = torch.finfo(torch.float32).min  # as in transformers: if all is hidden, all is seen evenly
-    return torch.zeros(hidden.shape, dtype=torch.float32, device='cpu').masked_fill_(hidden, low)
+    low = torch.finfo(torch.float32).min  # if all is hidden, all is seen
+    seen = torch.zeros(hidden.shape, dtype=torch.float32, device='cpu')
+    return seen.masked_fill_(hidden, low)
 
 def _encoded(encoded, n: int, width: int) -> Tensor | None: # (1, n, width) fp32
     "Encoder outputs made elsewhere as C reads them"
     if encoded is None: return None
     if not _seen(encoded, 'encoder outputs').is_floating_point():
-        raise TypeError(f'encoder outputs are in {str(encoded.dtype)[6:]}: they are floats')
+        kind = str(encoded.dtype)[6:]
+        raise TypeError(f'encoder outputs are in {kind}: they are floats')
     if encoded.shape != (1, n, width):
         shape = tuple(encoded.shape)
-        raise ValueError(f'encoder outputs of shape {shape} for {n} ids and width {width}')
+        raise ValueError(f'encoder outputs of shape {shape} '
+                         f'for {n} ids and width {width}')
     return encoded.detach().float().contiguous()
 
 @lru_cache(64)
@@ -408,13 +443,14 @@ def _begin(self: NativeEngine, settings, n: int, mask: Tensor | None) -> Text:
     never, ends = (_known(tuple(ids), vocab) for ids in (settings.never, settings.eos))
     threads = torch.get_num_threads() if self.shares else 1
     text = Text(vocab=vocab, n=n, source=_up(n), mask=_address(mask), threads=threads,
-                never=_address(never), nevers=len(never), ends=_address(ends), n_ends=len(ends))
+                never=_address(never), nevers=len(never),
+                ends=_address(ends), n_ends=len(ends))
     text.kept = dict(weights=self.weights, never=never, ends=ends, mask=mask)
     return text
 
 # %% ../nbs/11_native.ipynb #f0acf365
 @patch
-def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=64) -> NativeCache:
+def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=64):
     "As `Model.open`"
     settings = settings or self.settings()
     ids = as_ids(ids, 'source ids')
@@ -424,8 +460,10 @@ def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=6
     fields = self._memory(text, min(max(index(room), 1), ROOM), 1)
     floats = self.decoder.layers*2*self.inner*text.source
     with memory(f'a source of {n} tokens', 4e-9*floats):
-        text, line = text.having(cross=_empty(floats), **fields), self.encoder_bias.reach(n)
-    code = self.lib.read_source(*self.at, ctypes.byref(text), line.data_ptr(), line.shape[1]//2 + 1,
+        text = text.having(cross=_empty(floats), **fields)
+        line = self.encoder_bias.reach(n)
+    far = line.shape[1]//2 + 1
+    code = self.lib.read_source(*self.at, ctypes.byref(text), line.data_ptr(), far,
                                 ids.data_ptr(), _address(encoded))
     if code: raise self._error(code, ids, 'source')
     return NativeCache(settings, text)
@@ -434,7 +472,8 @@ def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=6
 def _error(self: NativeEngine, code: int, ids: Tensor, what: str) -> Exception:
     "What a negative `code` from C means for `ids`"
     if code == BAD_TOKEN: return outside(ids, self.words, what)
-    return ValueError(f'{ids.shape[1]} ids of the {what} cannot be read: too many, or in no real memory')
+    return ValueError(f'{ids.shape[1]} ids of the {what} cannot be read: '
+                      'too many, or in no real memory')
 
 # %% ../nbs/11_native.ipynb #81470244
 @patch
@@ -480,17 +519,20 @@ def verify(self: NativeEngine, cache: NativeCache, tokens, at, draft) -> Scores:
     "As `Model.verify`"
     tokens, draft = as_ids(tokens), as_ids(draft, 'drafted ids', 0)
     k, g, vocab = tokens.shape[1], draft.shape[1], cache.text.vocab
-    if g >= k: raise ValueError(f'a draft of {g} tokens in a pass over {k}: one before it is read too')
+    if g >= k:
+        raise ValueError(f'a draft of {g} tokens in a pass over {k}: '
+                         'one before it is read too')
     z, token = _empty(1, g + 1, vocab), _empty(1, g + 1, dtype=torch.int64)
     confidence, nll = _empty(1, g + 1), _empty(1, g)
-    code = self._run(cache, self.lib.verify, tokens, at, 0, g, draft.data_ptr(), z.data_ptr(),
+    code = self._run(cache, self.lib.verify, tokens, at, 0, g,
+                     draft.data_ptr(), z.data_ptr(),
                      token.data_ptr(), confidence.data_ptr(), nll.data_ptr())
     if code == BAD_DRAFT: raise outside(draft, vocab, 'draft')
     return Scores(token, confidence, nll, z)
 
 # %% ../nbs/11_native.ipynb #fd4e6f9c
 @patch
-def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=False) -> Draft:
+def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=False):
     "As `Model.propose`"
     if rule.least is None or logits or most < 1:
         return Model.propose(self, cache, tokens, at, rule, state, most, logits)
@@ -505,9 +547,11 @@ def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=Fal
     cache.length += steps - 1  # the last token was written, not read
     draft = Draft(found[:, :g], _count(g), confidence[:, :steps], _count(end))
     if ENDS[end] != 'cap' or g == most: return draft
-    return _joined(draft, self.propose(cache, found[:, -1:], [cache.length], rule, state, most - g))
+    more = self.propose(cache, found[:, -1:], [cache.length], rule, state, most - g)
+    return _joined(draft, more)
 
-def _count(n: int) -> Tensor: return torch.full((1,), n, dtype=torch.int64, device='cpu')
+def _count(n: int) -> Tensor:
+    return torch.full((1,), n, dtype=torch.int64, device='cpu')
 
 def _joined(a: Draft, b: Draft) -> Draft:
     "Two pieces of one draft"
