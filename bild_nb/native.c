@@ -571,26 +571,29 @@ long verify(const Stack *s, const Text *c, long k, const int64_t *tokens, long a
 
 enum { FALLBACK, EOS, CAP, ENDS }; /* why a draft ended */
 
-/* a draft of at most `most` tokens; returns ENDS times their number, plus why it ended */
+/* a draft of at most `most` tokens: `found` gets their number, why it ended (which the return value
+   says too, as ENDS times the number plus the reason), and the tokens */
 long propose(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long most,
              float least, int64_t *found, float *confidence) {
     Work w;
-    long n = 0;
+    long n = 0, end = -1;
     if (!found || !confidence || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
     if (most < 1 || most > c->room) return BAD_SIZE;
     if (k + most - 1 > c->room - at || k + most - 1 > c->far - at) return BAD_SIZE;
-    while (n < most) {
-        int64_t *token = found + n;
+    while (end < 0) {
+        int64_t *token = found + 2 + n;
         float *p = confidence + n;
         if (pass(s, c, &w, k, tokens, at, 1, w.z)) return BAD_TOKEN;
         judge(w.z, c->vocab, token, p);
-        if (*p < least || *p != *p) return ENDS*n + FALLBACK;
-        n++;
+        if (*p < least || *p != *p) end = FALLBACK;
+        else if (++n == most) end = CAP;
         for (int i = 0; i < c->n_ends; i++)
-            if (*token == c->ends[i]) return ENDS*n + EOS;
+            if (end != FALLBACK && *token == c->ends[i]) end = EOS;
         tokens = token; /* the next pass reads what this one wrote */
         at += k;
         k = 1;
     }
-    return ENDS*n + CAP;
+    found[0] = n;
+    found[1] = end;
+    return ENDS*n + end;
 }

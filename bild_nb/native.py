@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .decoder import Cache, Model, check_position, memory, size_gb
+from .decoder import Cache, Model, Settings, check_position, memory, size_gb
 from .engine import Block, COLD, Family, Positions, t5_family, unsupported
 from .policy import Draft, ENDS, Scores
 
@@ -64,7 +64,7 @@ class Text(ctypes.Structure):
     def having(self, **found) -> 'Text':
         "A copy of this text with other fields; tensors and arrays give their addresses"
         new = Text.from_buffer_copy(self)
-        new.kept = {**self.kept, **found}
+        new.kept = self.kept | found
         for name, x in found.items(): setattr(new, name, _address(x))
         return new
 
@@ -342,6 +342,7 @@ def _up(n: int) -> int:
 class NativeCache(Cache):
     "The memory of one text"
     text: Text       # where it lies; a new one whenever more is needed
+    weights: Weights # of the model that opened it, the only one that can go on
     length: int = 0  # tokens that were read
 
 # %% ../nbs/11_native.ipynb #046defbc
@@ -356,14 +357,15 @@ def _memory(self: NativeEngine,
     room = was if room <= was else _up(max(room, 2*was))
     floats = self.lib.scratch(*self.at, text.n, max(rows, 16), room,
                               text.vocab, text.threads)
-    need = 4e-9*(floats + layers*2*self.inner*room)
+    floats, size = max(floats, text.floats), 2*layers*self.inner
+    need = 4e-9*(floats + size*(room + text.source))
     with memory(f'a text of {room} tokens after a source of {text.n}', need):
-        work = _empty(max(floats, text.floats))
-        kv = old if room == was else _empty(layers, 2, self.inner*room)
-        line = self.decoder_bias.reach(room)
-    if old is not None and kv is not old: kv[:, :, :self.inner*was] = old
-    return dict(kv=kv, room=room, line=line, far=line.shape[1]//2 + 1,
-                work=work, floats=len(work))
+        fields = dict(work=_empty(floats), floats=floats)
+        if not text.cross: fields['cross'] = _empty(size*text.source)
+        if room == was: return fields
+        kv, line = _empty(layers, 2, self.inner*room), self.decoder_bias.reach(room)
+    if old is not None: kv[:, :, :self.inner*was] = old
+    return dict(fields, kv=kv, room=room, line=line, far=line.shape[1]//2 + 1)
 
 # %% ../nbs/11_native.ipynb #3e24bcbc
 WHOLE = {getattr(torch, f'{sign}int{bits}')
@@ -395,7 +397,8 @@ def as_ids(ids,
 def _whole(ids: Tensor, what: str) -> Tensor:
     "Ids of another type"
     if ids.dtype in WHOLE: return ids.to(torch.int64)
-    raise TypeError(f'{what} are in {str(ids.dtype)[6:]}: ids are whole numbers, as torch.int64')
+    kind = str(ids.dtype)[6:]
+    raise TypeError(f'{what} are in {kind}: ids are whole numbers, as torch.int64')
 
 def outside(ids: Tensor, below: int, what: str) -> IndexError:
     "The error for ids that are not below `below`"
@@ -428,24 +431,24 @@ def _encoded(encoded, n: int, width: int) -> Tensor | None: # (1, n, width) fp32
     return encoded.detach().float().contiguous()
 
 @lru_cache(64)
-def _known(ids, below: int): # a C array
-    "Those of `ids` (of settings) that a model can write"
-    known = [i for i in map(index, ids) if 0 <= i < below]
-    return (ctypes.c_int64*len(known))(*known)
+def _known(settings: Settings) -> dict: # fields of a `Text`
+    "Ids that are never written and those that end a text, as C arrays"
+    def array(ids):
+        known = [i for i in map(index, ids) if 0 <= i < settings.vocab]
+        return (ctypes.c_int64*len(known))(*known), len(known)
+    (never, nevers), (ends, n_ends) = array(settings.never), array(settings.eos)
+    return dict(never=never, nevers=nevers, ends=ends, n_ends=n_ends)
 
 # %% ../nbs/11_native.ipynb #eb9a4137
 @patch
-def _begin(self: NativeEngine, settings, n: int, mask: Tensor | None) -> Text:
+def _begin(self: NativeEngine, settings: Settings, n: int, mask: Tensor | None) -> Text:
     "A text over a source of `n` tokens, without memory"
     vocab, rows = index(settings.vocab), self.decoder.head.out
     if not 1 <= vocab <= rows:
         raise ValueError(f'{vocab} ids to write, but the output matrix has {rows} rows')
-    never, ends = (_known(tuple(ids), vocab) for ids in (settings.never, settings.eos))
     threads = torch.get_num_threads() if self.shares else 1
-    text = Text(vocab=vocab, n=n, source=_up(n), mask=_address(mask), threads=threads,
-                never=_address(never), nevers=len(never),
-                ends=_address(ends), n_ends=len(ends))
-    text.kept = dict(weights=self.weights, never=never, ends=ends, mask=mask)
+    text = Text(vocab=vocab, n=n, source=_up(n), threads=threads)
+    text.kept = dict(_known(settings), mask=mask)
     return text
 
 # %% ../nbs/11_native.ipynb #f0acf365
@@ -457,22 +460,21 @@ def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=6
     n = ids.shape[1]
     encoded = _encoded(encoded, n, self.width)
     text = self._begin(settings, n, _mask(mask, ids))
-    fields = self._memory(text, min(max(index(room), 1), ROOM), 1)
-    floats = self.decoder.layers*2*self.inner*text.source
-    with memory(f'a source of {n} tokens', 4e-9*floats):
-        text = text.having(cross=_empty(floats), **fields)
-        line = self.encoder_bias.reach(n)
+    room = min(max(index(room), 1), ROOM)
+    text = text.having(**text.kept, **self._memory(text, room, 1))
+    line = self.encoder_bias.reach(n)
     far = line.shape[1]//2 + 1
     code = self.lib.read_source(*self.at, ctypes.byref(text), line.data_ptr(), far,
                                 ids.data_ptr(), _address(encoded))
     if code: raise self._error(code, ids, 'source')
-    return NativeCache(settings, text)
+    return NativeCache(settings, text, self.weights)
 
 @patch
 def _error(self: NativeEngine, code: int, ids: Tensor, what: str) -> Exception:
     "What a negative `code` from C means for `ids`"
     if code == BAD_TOKEN: return outside(ids, self.words, what)
-    return ValueError(f'{ids.shape[1]} ids of the {what} cannot be read: '
+    k = ids.shape[1]
+    return ValueError(f'{k} ids of the {what} cannot be read: '
                       'too many, or in no real memory')
 
 # %% ../nbs/11_native.ipynb #81470244
@@ -486,9 +488,8 @@ def _run(self: NativeEngine,
          *rest           # arguments of `function` after the first five
         ) -> int:        # what it returned
     "Call `function` for a pass over `tokens`"
-    start, k = index(at[0]), tokens.shape[1]
-    text = cache.text
-    if text.kept.get('weights') is not self.weights:
+    start, k, text = index(at[0]), tokens.shape[1], cache.text
+    if cache.weights is not self.weights:
         raise ValueError('this text was opened by another model')
     check_position(start, cache.length)
     cache.length = start  # whatever happens, what lay there is forgotten
@@ -520,8 +521,7 @@ def verify(self: NativeEngine, cache: NativeCache, tokens, at, draft) -> Scores:
     tokens, draft = as_ids(tokens), as_ids(draft, 'drafted ids', 0)
     k, g, vocab = tokens.shape[1], draft.shape[1], cache.text.vocab
     if g >= k:
-        raise ValueError(f'a draft of {g} tokens in a pass over {k}: '
-                         'one before it is read too')
+        raise ValueError(f'a draft of {g} tokens needs a pass over more than {k}')
     z, token = _empty(1, g + 1, vocab), _empty(1, g + 1, dtype=torch.int64)
     confidence, nll = _empty(1, g + 1), _empty(1, g)
     code = self._run(cache, self.lib.verify, tokens, at, 0, g,
@@ -538,20 +538,19 @@ def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=Fal
         return Model.propose(self, cache, tokens, at, rule, state, most, logits)
     tokens, start = as_ids(tokens), index(at[0])
     fits = cache.text.room - start - tokens.shape[1] + 1
-    n = min(index(most), max(fits, 16))
-    found, confidence = _empty(1, n, dtype=torch.int64), _empty(1, n)
-    code = self._run(cache, self.lib.propose, tokens, at, n - 1, n, float(rule.least),
+    most_now = min(index(most), max(fits, 16))
+    found, confidence = _empty(2 + most_now, dtype=torch.int64), _empty(1, most_now)
+    code = self._run(cache, self.lib.propose, tokens, at, most_now - 1,
+                     most_now, float(rule.least),
                      found.data_ptr(), confidence.data_ptr())
-    g, end = divmod(code, len(ENDS))
-    steps = g + (ENDS[end] == 'fallback')
+    n, end = divmod(code, len(ENDS))
+    steps = n + (ENDS[end] == 'fallback')
     cache.length += steps - 1  # the last token was written, not read
-    draft = Draft(found[:, :g], _count(g), confidence[:, :steps], _count(end))
-    if ENDS[end] != 'cap' or g == most: return draft
-    more = self.propose(cache, found[:, -1:], [cache.length], rule, state, most - g)
-    return _joined(draft, more)
-
-def _count(n: int) -> Tensor:
-    return torch.full((1,), n, dtype=torch.int64, device='cpu')
+    draft = Draft(found[None, 2:2 + n], found[:1], confidence[:, :steps], found[1:2])
+    if ENDS[end] != 'cap' or n == most: return draft
+    last = draft.tokens[:, -1:]
+    rest = self.propose(cache, last, [cache.length], rule, state, most - n)
+    return _joined(draft, rest)
 
 def _joined(a: Draft, b: Draft) -> Draft:
     "Two pieces of one draft"
