@@ -312,7 +312,7 @@ def forward(self: Decoder, cache: PlainCache, tokens, at, last=None) -> Tensor:
                      **{self.cache_name: cache.kv})
     cache.length = at + k
     logits = out.logits[:, -(last or k):, :settings.vocab]
-    never = [i for i in settings.never if i < settings.vocab]
+    never = [i for i in settings.never if 0 <= i < settings.vocab]
     if never: logits[..., never] = -torch.inf
     return logits
 
