@@ -3,7 +3,7 @@ import ast, re, sys
 from pathlib import Path
 
 top = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-below_all, anywhere = ["testing"], {"__init__", "_modidx"}
+below_all, anywhere = ["runs"], {"__init__", "_modidx"}
 faults = []
 
 
@@ -31,7 +31,7 @@ def check(file, position):
         for full in imported(node):
             package, _, rest = full.partition(".")
             where, module = f"{file}, line {node.lineno}: {name} imports {full}", rest.split(".")[0]
-            if package in ("nbdev", "execnb") or package == "fastcore" and full != "fastcore.basics":
+            if package in ("nbdev", "execnb") or package == "fastcore" and full not in ("fastcore.basics", "fastcore.meta"):
                 faults.append(f"{where}, which is for notebooks only")
             if package != "bild_nb" or module == "__version__": continue
             if module not in position: faults.append(f"{where}: name the module that has it")
