@@ -9,7 +9,7 @@ __all__ = ['SHAPES', 'BYTES', 'KS', 'KINDS', 'MAKE', 'RECORDED', 'shape_model', 
            'loops', 'systems', 'cpu_name', 'hardware', 'bench_sources', 'quiet', 'both_passes', 'overheads', 'bench',
            'write_run', 'bench_table', 'bench_picture']
 
-# %% ../nbs/14_bench.ipynb #48939656
+# %% ../nbs/14_bench.ipynb #1d5984e6
 import copy, gc, json, math, os, platform, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from .policy import AcceptRule, DraftRule, Policy, Verdict, as_policy
 from .decoder import Decoder, Model
 from .decode import BigLittleDecoder, check_pair
 from .pair import SHIPPED, decoder_for, load_model
-from .cost import outside, pass_times
+from .cost import interleaved, outside, pass_times
+from .runs import replace_file, write_json
 
 # %% ../nbs/14_bench.ipynb #6a722771
 def _shape(layers: int, heads: int, d_model: int, d_ff: int) -> dict:
@@ -313,7 +314,7 @@ def ct2(folder: Path, # that `convert` wrote
         return [int(t[1:-1]) for t in out[0].hypotheses[0]]
     return run
 
-# %% ../nbs/14_bench.ipynb #ac920e3c
+# %% ../nbs/14_bench.ipynb #94a314a2
 def race(systems: dict,  # name to function of a source
          sources: list,  # (1, length) int64 tensors
          repeats: int = 3
@@ -321,15 +322,11 @@ def race(systems: dict,  # name to function of a source
     "Time all systems, interleaved"
     rows = []
     for i, source in enumerate(sources):
-        outputs = {name: run(source) for name, run in systems.items()}  # warms up
-        ms = {name: [] for name in systems}
-        for _ in range(repeats):
-            for name, run in systems.items():
-                started = time.perf_counter()
-                run(source)
-                ms[name].append((time.perf_counter() - started)*1e3)
-        for name in systems:
-            rows.append(dict(id=i, policy=name, output=outputs[name], ms=ms[name]))
+        runs = {name: partial(system, source) for name, system in systems.items()}
+        interleaved(runs, source.device, 1)  # warms up
+        found = interleaved(runs, source.device, repeats, first=i)
+        for name, (outputs, ms) in found.items():
+            rows.append(dict(id=i, policy=name, output=outputs[0], ms=ms))
     return rows
 
 # %% ../nbs/14_bench.ipynb #8ec5649b
@@ -507,12 +504,12 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
     if out: write_run(Path(out), run, rows)
     return run
 
-# %% ../nbs/14_bench.ipynb #fde9f9e7
+# %% ../nbs/14_bench.ipynb #e235ec51
 def write_run(out: Path, run: dict, rows: list[dict]):
     "Write a run folder"
-    out.mkdir(parents=True, exist_ok=True)
-    (out/'run.json').write_text(json.dumps(run, indent=1))
-    (out/'records.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    lines = ''.join(json.dumps(r) + '\n' for r in rows)
+    replace_file(out/'records.jsonl', lambda part: part.write_text(lines))
+    write_json(out/'run.json', run)
 
 # %% ../nbs/14_bench.ipynb #2150b082
 def _machine_line(run: dict) -> str:
