@@ -7,7 +7,8 @@ _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_
             "decoder": ["Decoder"],
             "trace": ["BigLittleDecoder"],  # the one of `decode`, with pictures attached
             "pair": ["load_pair", "Pair"],
-            "align": ["calibrate", "read_calibration", "Recipe", "agreement"],
+            "objectives": ["agreement"],
+            "recipe": ["Recipe"],
             "tasks": ["Task"]}
 _module_of = {name: module for module, names in _modules.items() for name in names}
 __all__ = list(_module_of)
