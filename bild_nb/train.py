@@ -77,8 +77,8 @@ def apart(pairs, valid):
     "`pairs` without those whose source is in `valid`"
     held = {key(s) for s in valid['source']}
     rest = [i for i, s in enumerate(pairs['source']) if key(s) not in held]
-    if not rest: raise ValueError('every source is held out: give other pairs')
-    return pairs.select(rest)
+    if rest: return pairs.select(rest)
+    raise ValueError(f'{len(pairs)} pairs are too few: every source is held out')
 
 # %% ../nbs/21_train.ipynb #2acc21ec
 def pair_tokenizer(

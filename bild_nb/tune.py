@@ -350,7 +350,7 @@ def tune(task: Task,
          protocol: Protocol = Protocol(),
          kind: str = 'other',            # of the small model, as `open_pair` gives it
          names: tuple = ('', '')         # of the two checkpoints
-        ) -> dict:                       # `policy` None: none is recommended, `why`
+        ) -> dict:                       # `policy`, None: none is recommended; `why`
     "Find the fastest thresholds within `goal`, and time them on held-out examples"
     out, (near, far) = Path(out), halves(rows, n, held)
     check_possible(goal, len(far))
