@@ -3,7 +3,7 @@ import ast, re, sys
 from pathlib import Path
 
 top = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-below_all, anywhere = ["runs"], {"__init__", "_modidx"}
+below_all, anywhere = ["safe", "runs"], {"__init__", "_modidx"}
 faults = []
 
 

@@ -18,8 +18,9 @@ from .decode import check_pair
 from .seq2seq import cheap_dropout
 from .train import hold_out
 from .trainer import TokenBatches, load_weights, readable, save_half
-from .runs import (Folder, Siblings, digest, model_digest, read_json,
-                          replace_file, tokenizer_digest, write_json)
+from .runs import Folder, Siblings
+from .safe import (digest, model_digest, read_json, replace_file,
+                          tokenizer_digest, write_json)
 from .calibrate import encode_pairs
 from .objectives import OBJECTIVES
 from .recipe import (RECIPES, AlignTrainer, Recipe, check_kept, check_recipe,

@@ -29,7 +29,7 @@ from .decoder import Decoder, Model
 from .decode import BigLittleDecoder, check_pair
 from .pair import SHIPPED, decoder_for, load_model
 from .cost import interleaved, outside, pass_times
-from .runs import replace_file, write_json
+from .safe import replace_file, write_json
 
 # %% ../nbs/14_bench.ipynb #6a722771
 def _shape(layers: int, heads: int, d_model: int, d_ff: int) -> dict:

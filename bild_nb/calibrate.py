@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from .decoder import evaluating, special
 from .trainer import encode
-from .runs import (Folder, Records, Siblings, digest, model_digest, replace_file,
-                          tokenizer_digest)
+from .runs import Folder, Records, Siblings
+from .safe import digest, model_digest, replace_file, tokenizer_digest
 
 # %% ../nbs/22_calibrate.ipynb #685923e5
 def source_limit(tokenizer)->int:

@@ -22,7 +22,8 @@ from .pair import Pair
 from .cost import mean_length, measure, pair_times
 from .bench import hardware
 from .calibrate import greedy
-from .runs import Siblings, model_digest, tokenizer_digest
+from .runs import Siblings
+from .safe import model_digest, tokenizer_digest
 from .tasks import Rows, Task, cut_reference, decode
 from .metrics import find_metric
 from .results import COUNTS, Results, Run, read_info, read_run, result_rows

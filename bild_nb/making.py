@@ -205,7 +205,7 @@ def listened_to(large: str | None, # option
 def load_listener(where: str, made: dict, device, small_tokenizer): # a model
     "The large model of an alignment"
     from bild_nb.decode import check_tokenizers
-    from bild_nb.runs import model_digest
+    from bild_nb.safe import model_digest
     model, tokenizer = loaded(where, 'large', device)
     check_tokenizers(tokenizer, small_tokenizer)
     same = made.get('dtype') != 'float32' or made['weights'] == model_digest(model)

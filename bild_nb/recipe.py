@@ -17,8 +17,8 @@ from transformers import (DataCollatorForSeq2Seq, EarlyStoppingCallback,
                           PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments,
                           TrainerCallback)
 from .policy import Policy
-from .runs import (SEAL, Siblings, last_checkpoint, read_json, seal, whole,
-                          write_json)
+from .runs import Siblings
+from .safe import SEAL, last_checkpoint, read_json, seal, whole, write_json
 from .seq2seq import adafactor
 from .trainer import Bar, BudgetTrainer, TokenBatches
 from .objectives import OBJECTIVES, agreement, own_drafts

@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from .decode import Trace
 from .trace import shares
 from .cost import predict
-from .runs import Records, Siblings, check_same, disk, lock, read_json
-from .runs import replace_file, whole_examples, write_json
+from .runs import Records, Siblings, whole_examples
+from .safe import check_same, disk, lock, read_json, replace_file, write_json
 from .metrics import difference, find_metric, interval, resample
 from .metrics import score_samples, speedup
 

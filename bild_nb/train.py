@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from .cost import mean_length, pair_times
 from .corpus import key, train_tokenizer
 from .pair import load_model, load_pair
-from .runs import Folder, Siblings, digest, read_json, replace_file, write_json
+from .runs import Folder, Siblings
+from .safe import digest, read_json, replace_file, write_json
 from .seq2seq import adafactor, cheap_dropout, new_t5, take_layers
 from .trainer import (BudgetTrainer, TokenBatches, check_rows, encode, readable,
                              save_half, train_seq2seq)

@@ -19,8 +19,9 @@ from transformers import (DataCollatorForSeq2Seq, EarlyStoppingCallback,
                           PrinterCallback, ProgressCallback, Seq2SeqTrainer, Trainer,
                           Seq2SeqTrainingArguments, TrainerCallback, TrainerState)
 from .pair import load_model
-from .runs import (Folder, Siblings, digest, last_checkpoint, model_digest,
-                          read_json, seal, tokenizer_digest, whole, write_json)
+from .runs import Folder, Siblings
+from .safe import (digest, last_checkpoint, model_digest, read_json, seal,
+                          tokenizer_digest, whole, write_json)
 from .seq2seq import adafactor, cheap_dropout
 
 # %% ../nbs/20c_trainer.ipynb #b50c93c7

@@ -18,7 +18,8 @@ from .policy import Policy, as_policy
 from .decode import BigLittleDecoder
 from .pair import Pair
 from .cost import cost, measure
-from .runs import Siblings, disk, write_json
+from .runs import Siblings
+from .safe import disk, write_json
 from .tasks import Rows, Task
 from .metrics import difference, resample
 from .results import Run, numbered, predicted_gain, read_run, result_rows
