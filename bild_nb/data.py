@@ -32,8 +32,8 @@ def along(
 ) -> pa.ChunkedArray:
     "The column at a path"
     if path in table.column_names: return table[path]
-    outer, *inner = path.split('.')
-    return pc.struct_field(table[outer], inner)
+    outer = max((n for n in table.column_names if path.startswith(f'{n}.')), key=len)
+    return pc.struct_field(table[outer], path[len(outer) + 1:].split('.'))
 
 # %% ../nbs/29_data.ipynb #11767981
 def texts_at(

@@ -175,7 +175,7 @@ def untimed(decoders: dict, ids: list, new: int): # for each source what `measur
     for i, x in enumerate(ids):
         known = {name: rows[i] for name, rows in batched.items() if rows[i]}
         rest = {name: d for name, d in decoders.items() if name not in known}
-        found = measure(rest, x, new) | known
+        found = (measure(rest, x, new) if rest else {}) | known
         yield {name: dict(found[name], ms=[]) for name in decoders}
 
 # %% ../nbs/33_evaluate.ipynb #a54e6cc2

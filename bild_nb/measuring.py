@@ -220,13 +220,14 @@ def sweep(
     protocol = setup.protocol(repeats=repeats, order=order)
     policies = setup.policies(policy)
     setup.load(out, limit)
-    from bild_nb.report import curve as picture, load
+    from bild_nb.report import curve as picture, load, task_name
     from bild_nb.tune import sweep as run
     reports = run(setup.task, setup.pair, setup.rows, out, policies or None, confirm,
                   protocol, setup.kind, setup.names)
     if not reports: return
     if curve:
-        svg = picture(load([out]), [setup.task.name])
+        report = load([out])
+        svg = picture(report, [task_name(report.runs[0])])
         curve.write_text(svg, encoding='utf-8')
     print_runs([out], as_json)
 
@@ -299,7 +300,7 @@ def tune(
     if max_loss is None:
         refuse_idle('it is of the promise of --max-loss', confidence=confidence)
     with wrong_use('--max-drop'): goal = Goal(max_drop, max_loss, confidence or .95)
-    validation = task == 'help-de-en' and kwargs['split'] is None
+    validation = task == 'help-de-en' and kwargs['split'] is kwargs['data'] is None
     setup = Setup(task, **dict(kwargs, split='validation') if validation else kwargs)
     protocol = setup.protocol(repeats=repeats)
     policies = [str(p) for p in setup.policies(policy)]

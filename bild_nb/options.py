@@ -266,6 +266,10 @@ def read_task(
     from bild_nb.data import check_data_options, kind_of
     from bild_nb.tasks import find_task
     with wrong_use('TASK'): task = find_task(name)
+    for name, value in (('--data', data), ('--split', split),
+                        ('--source-column', source_column),
+                        ('--target-column', target_column)):
+        if value == '': refuse(name, 'it is empty')
     place = data or task.data
     what = 'name the texts: a folder, a file or a set on the hub'
     if not place: refuse('--data', what)

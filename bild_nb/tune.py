@@ -353,6 +353,7 @@ def tune(task: Task,
          names: tuple = ('', '')         # of the two checkpoints
         ) -> dict:                       # `policy`, None: none is recommended; `why`
     "Find the fastest thresholds within `goal`, and time them on held-out examples"
+    if min(n, held) < 2: raise ValueError('n and held must be 2 examples or more')
     out, (near, far) = Path(out), halves(rows, n, held)
     check_possible(goal, len(far))
     both = replace(near, rows=near.rows + far.rows)
@@ -361,7 +362,8 @@ def tune(task: Task,
     found = search(job, goal, len(near), out, candidates)
     confirmed = None
     if found.chosen:
-        evaluate(task, pair, far, [found.chosen], out/'confirm', protocol, kind, names)
+        evaluate(task, pair, far, [found.chosen], out/'confirm',
+                 replace(protocol, timing=True), kind, names)
         confirmed = confirm(found, read_run(out/'confirm'))
     why = objection(goal, found, confirmed)
     policy = None if why else found.chosen
