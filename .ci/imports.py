@@ -23,6 +23,16 @@ def imported(node):
     return [f"bild_nb.{a.name}" for a in node.names]  # from . import trace
 
 
+def names_of(file):
+    "What a module has at its top."
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)): found |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        else: found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return found
+
+
 def check(file, position):
     "Every import of one module, also those inside functions."
     name = file.stem
@@ -36,6 +46,9 @@ def check(file, position):
             if package != "bild_nb" or module == "__version__": continue
             if module not in position: faults.append(f"{where}: name the module that has it")
             elif position[module] > position[name]: faults.append(f"{where}, which comes later")
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").removeprefix("bild_nb.") == module:
+                lost = {a.name for a in node.names} - {"*"} - names_of(top/"bild_nb"/f"{module}.py")
+                if lost: faults.append(f"{where}, which has no {', '.join(sorted(lost))}")
 
 
 order = notebook_order()

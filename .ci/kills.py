@@ -26,7 +26,7 @@ def end(*words):
 
 def broken(seconds, out, *words):
     "Kill once at a random moment of the time that an unbroken run takes, then run to the end; whether it was killed, and the end."
-    job, late = start(*words, "--out", out), time.monotonic() + random.uniform(.2, 1)*seconds
+    job, late = start(*words, "--out", out), time.monotonic() + random.uniform(.3, .9)*seconds
     while job.poll() is None and time.monotonic() < late: time.sleep(.02)
     killed = job.poll() is None
     if killed: os.killpg(job.pid, signal.SIGKILL)

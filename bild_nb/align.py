@@ -8,7 +8,7 @@ __all__ = ['CARD', 'RACE', 'raced', 'chosen', 'check_objective', 'check_room', '
            'duration', 'align_settings', 'tune_rates', 'announce', 'train_and_choose', 'align', 'divided', 'check_both']
 
 # %% ../nbs/24_align.ipynb #55196b20
-import copy, math, shutil, sys, time
+import copy, math, random, shutil, sys, time
 from dataclasses import asdict
 from pathlib import Path
 import torch
