@@ -25,11 +25,14 @@ def text(d, source, tokens, settings=None):
         piece = tokens[:, at:at + k]
         d.verify(cache, piece, [at], piece[:, 1:])
         d.forward(cache, piece, [at], rng.randrange(1, piece.shape[1] + 1))
+        d.judge_ids(cache, piece[0].tolist(), at, rng.randrange(piece.shape[1]), 2.)
         at = max(at + piece.shape[1] - rng.randrange(0, 2), 1)
         if at >= tokens.shape[1] - 1: break
     d.propose(cache, tokens[:, :1], [at], Fixed(40), None, 40)
+    d.draft_ids(cache, tokens[0].tolist(), 0, 0.3, 7)
     for bad in (-1, 2**40):  # refused before anything is read
-        for call in (d.forward, lambda c, t, a: d.propose(c, t, a, Fixed(4), None, 4)):
+        for call in (d.forward, lambda c, t, a: d.propose(c, t, a, Fixed(4), None, 4),
+                     lambda c, t, a: d.judge_ids(c, [3, *t[0].tolist()], a[0], 1, 2.)):
             try: call(cache, torch.tensor([[bad]]), [at])
             except IndexError: continue
             raise SystemExit(f"id {bad} was taken")

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'BYTES', 'KS', 'KINDS', 'MAKE', 'RECORDED', 'shape_model', 'open_model', 'successors', 'plant',
-           'step_weights', 'bandwidth', 'backends', 'pass_row', 'pass_rows', 'Recorded', 'Place', 'Replay', 'replayed',
-           'recorded', 'endless', 'Loop', 'hf', 'convert', 'ct2', 'race', 'Standing', 'standings', 'translators',
-           'loops', 'systems', 'cpu_name', 'hardware', 'bench_sources', 'quiet', 'both_passes', 'overheads', 'bench',
-           'write_run', 'bench_table', 'bench_picture']
+           'step_weights', 'bandwidth', 'memory_speed', 'backends', 'pass_row', 'pass_rows', 'Recorded', 'Place',
+           'Replay', 'replayed', 'recorded', 'endless', 'Loop', 'hf', 'greedy_settings', 'static_cache', 'hf_static',
+           'convert', 'ct2', 'race', 'Standing', 'standings', 'translators', 'loops', 'systems', 'cpu_name', 'hardware',
+           'bench_sources', 'quiet', 'both_passes', 'overheads', 'tried', 'bench', 'write_run', 'bench_table',
+           'bench_picture']
 
 # %% ../nbs/14_bench.ipynb #1d5984e6
-import copy, gc, json, math, os, platform, tempfile, time, warnings
+import copy, gc, inspect, json, math, os, platform, tempfile, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +21,15 @@ from typing import NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationConfig, MT5Config, MT5ForConditionalGeneration
+from transformers import EncoderDecoderCache, GenerationConfig, StaticCache
+from transformers import MT5Config, MT5ForConditionalGeneration
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 from fastcore.basics import patch
 from .policy import AcceptRule, DraftRule, Policy, Verdict, as_policy
 from .decoder import Decoder, Model
 from .decode import BigLittleDecoder, check_pair
-from .pair import SHIPPED, decoder_for, load_model
+from .pair import SHIPPED, decoder_for, first_line, load_model
 from .cost import interleaved, outside, pass_times
 from .safe import replace_file, write_json
 
@@ -70,7 +72,9 @@ def open_model(name: str,          # in `SHAPES`, a folder, a hub id or `shipped
         return load_model(name, which, device, 'fp32' if device == 'cpu' else 'bf16')
     plan = successors(32000, doubtful=.22 if which == 'small' else 0)
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
-    return shape_model(name, plan).to(device, dtype), None
+    with torch.device(device):  # where weights are drawn fastest
+        model = shape_model(name, [ids.to(device) for ids in plan])
+    return model.to(dtype), None
 
 # %% ../nbs/14_bench.ipynb #197765bd
 def successors(vocab: int,          # tokens of the plan; 0 to 2 are never written
@@ -99,7 +103,8 @@ def plant(model, follow: Tensor, rival: Tensor):
         sure = (math.log(len(e)) + 6)/c.d_model*scale
         rows = sure*e[:len(follow)]
         head = torch.zeros_like(e).index_add_(0, follow, rows)
-        wins = (torch.arange(len(rival)) % 2)[:, None]  # odd tokens: the rival wins
+        odd = torch.arange(len(rival), device=e.device) % 2
+        wins = odd[:, None]  # odd tokens: the rival wins
         doubt = rival >= 0
         head.index_add_(0, rival[doubt], rows[doubt]*(wins*.04 + .98)[doubt])
     model.lm_head.weight = nn.Parameter(head)
@@ -128,15 +133,20 @@ def bandwidth(mb: int = 512,       # size of the block, MiB
         return time.perf_counter() - started
     return mb*2**20/1e9/min(seconds() for _ in range(repeats))
 
+
+def memory_speed(device: str) -> float: # GB/s
+    "`bandwidth` of a block so large that waiting for a GPU does not count"
+    return bandwidth(512 if device == 'cpu' else 4096, device=device)
+
 # %% ../nbs/14_bench.ipynb #b3ffb47f
-BYTES = dict(fp32=4, int8=1, bf16=2)
+BYTES = dict(fp32=4, int8=1) # else of the model's own type
 KS = (1, 2, 4, 8, 11) # tokens of the passes that are timed
-KINDS = dict(cpu=('plain', 'fp32', 'int8'), cuda=('plain', 'bf16')) # of a device
+KINDS = dict(cpu=('plain', 'fp32', 'int8'), cuda=('plain', 'graphs')) # of a device
 MAKE = dict(
     plain=Decoder,
     fp32=decoder_for,
     int8=partial(decoder_for, int8=True),
-    bf16=partial(decoder_for, backend='graphs'))
+    graphs=partial(decoder_for, backend='graphs'))
 
 def backends(model,                     # of transformers
              kinds: tuple | None = None # out of `MAKE`; None: all of its device
@@ -190,6 +200,7 @@ class Place:
 class Replay(DraftRule, AcceptRule):
     "A draft rule and an accept rule that repeat recorded turns in a circle"
     turns: tuple # of `Recorded`
+    reads_logits = False
     def begin(self, rows): return Place()
     def now(self, place) -> Recorded: return self.turns[place.turn % len(self.turns)]
 
@@ -258,13 +269,43 @@ def hf(large,        # a model of transformers
        small=None    # a model that assists
       ):             # a system
     "transformers' own greedy generation"
-    settings = dict(max_length=None, max_new_tokens=new, do_sample=False, num_beams=1)
-    if forced: settings['min_new_tokens'] = new
-    config = GenerationConfig.from_dict(large.generation_config.to_dict() | settings)
+    settings = greedy_settings(large, new, forced)
     more = {} if small is None else dict(assistant_model=small)
     def run(source):
         with torch.inference_mode():
-            ids = large.generate(source, generation_config=config, **more)
+            ids = large.generate(source, generation_config=settings, **more)
+        return ids[0].tolist()[1:]
+    return run
+
+def greedy_settings(large, new: int, forced: bool) -> GenerationConfig:
+    "The model's own settings, but greedy and with a length"
+    settings = dict(max_length=None, max_new_tokens=new, do_sample=False, num_beams=1)
+    if forced: settings['min_new_tokens'] = new
+    return GenerationConfig.from_dict(large.generation_config.to_dict() | settings)
+
+# %% ../nbs/14_bench.ipynb #7db12b62
+def static_cache(large,       # a model of transformers
+                 new: int,    # most tokens of a text
+                 length: int  # of the source
+                ) -> EncoderDecoderCache:
+    "Keys and values of fixed shape"
+    config = large.config.get_text_config(decoder=True)
+    return EncoderDecoderCache(StaticCache(config=config, max_cache_len=new + 1),
+                               StaticCache(config=config, max_cache_len=length))
+
+def hf_static(large,       # a model of transformers
+              new: int,    # most tokens of a text
+              forced: bool # whether every text has that many
+             ):            # a system
+    "transformers' greedy generation with a static cache, on a GPU compiled"
+    settings, caches = greedy_settings(large, new, forced), {}
+    words = inspect.signature(large.forward).parameters
+    name = 'cache' if 'cache' in words else 'past_key_values'
+    def run(source):
+        n = source.shape[1]
+        if n not in caches: caches[n] = static_cache(large, new, n)
+        caches[n].reset()
+        ids = large.generate(source, generation_config=settings, **{name: caches[n]})
         return ids[0].tolist()[1:]
     return run
 
@@ -366,22 +407,24 @@ def translators(large, new: int, forced: bool, folder: Path) -> tuple[dict, list
                     'its rows are missing']
     gc.collect()
     kinds = ('float32', 'int8') if large.device.type == 'cpu' else ('bfloat16',)
-    made = {kind: ct2(folder, new, forced, kind) for kind in kinds}
+    try: made = {kind: ct2(folder, new, forced, kind) for kind in kinds}
+    except (RuntimeError, ValueError) as e:  # it has libraries of its own for a GPU
+        return {}, [f'CTranslate2 does not run here ({first_line(e)}): '
+                    'its rows are missing']
     return {f'CTranslate2 large, {kind}': system for kind, system in made.items()}, []
 
-def loops(large, small, new: int, bild: Policy) -> dict:
+def loops(large, small, new: int, bild: Policy, kinds: tuple) -> dict:
     "Our own systems by name: the large model alone and BiLD on each backend"
-    device = large.device.type
-    larges, smalls = backends(large), backends(small)
+    larges, smalls = backends(large, kinds), backends(small, kinds)
     made = {}
     def add(name, models, policy):
         made[name] = Loop(BigLittleDecoder(*models, policy), new)
-    for kind in KINDS[device]:
+    for kind in kinds:
         pair = larges[kind], smalls[kind]
         add(f'large, {kind}', pair, Policy.large())
         add(f'BiLD, {kind}', pair, bild)
-        if kind == KINDS[device][1]: add(f'lossless, {kind}', pair, Policy.lossless(.5))
-    if device == 'cpu':
+        if kind == kinds[1]: add(f'lossless, {kind}', pair, Policy.lossless(.5))
+    if 'int8' in kinds:
         add('BiLD, fp32, small int8', (larges['fp32'], smalls['int8']), bild)
     return made
 
@@ -392,7 +435,8 @@ def systems(large,               # models of transformers
             forced: bool = True, # each has that many, and BiLD follows a recording
             turns=None,          # the recording; None: the package's
             policy: Policy = Policy.bild(.3, 5), # of BiLD otherwise
-            folder=None          # for CTranslate2's files
+            folder=None,         # for CTranslate2's files
+            kinds=None           # backends, out of `MAKE`; None: all of the device
            ) -> tuple[dict, list]: # systems by name, and notes about what is missing
     "What is compared. With `forced` no text of these models ends by itself from now on"
     # CTranslate2 first, while there is room for a copy of the large model
@@ -400,8 +444,11 @@ def systems(large,               # models of transformers
     if forced:
         for model in (large, small): endless(model)
     bild = replayed(turns or recorded()) if forced else policy
-    made = loops(large, small, new, bild)
+    kinds = kinds or KINDS[large.device.type]
+    made = loops(large, small, new, bild, kinds)
     made['transformers large'] = hf(large, new, forced)
+    if 'graphs' in kinds and forced:  # there, all sources have one length
+        made['transformers large, static'] = hf_static(large, new, forced)
     made['transformers assisted'] = hf(large, new, forced, small)
     return made | peers, notes
 
@@ -455,11 +502,12 @@ def quiet():
     finally: logging.set_verbosity(level)
 
 # %% ../nbs/14_bench.ipynb #8989f15f
-def both_passes(large, small, source: Tensor, speed: float, repeats: int) -> list[dict]:
+def both_passes(large, small, source: Tensor, speed: float, repeats: int,
+                kinds=None) -> list[dict]:
     "The `pass_rows` of both models, with all backends"
     rows = []
     for which, model in (('large', large), ('small', small)):
-        rows += pass_rows(which, backends(model), source, speed, repeats=repeats)
+        rows += pass_rows(which, backends(model, kinds), source, speed, repeats=repeats)
     return rows
 
 def overheads(systems: dict, sources: list, new: int, repeats: int) -> dict:
@@ -469,6 +517,22 @@ def overheads(systems: dict, sources: list, new: int, repeats: int) -> dict:
             for name, system in systems.items() if name.startswith('BiLD')}
 
 # %% ../nbs/14_bench.ipynb #3db34e36
+def tried(systems: dict,  # by name
+          source: Tensor, # (1, length) int64
+          attempt,        # calls a function, perhaps with a limit
+          notes: list     # about what is missing already
+         ) -> tuple[dict, list]: # those that can be raced, and notes about others
+    "Try every system alone"
+    kept, notes = {}, [*notes]
+    for name, system in systems.items():
+        try:
+            attempt(partial(system, source))
+        except Exception as e:  # of any kind: it is other people's code
+            notes.append(f'{name} is left out: {first_line(e)}')
+        else: kept[name] = system
+    return kept, notes
+
+# %% ../nbs/14_bench.ipynb #62c3c1a8
 def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `shipped`
           small: str = 'shipped',
           out=None,                # run folder; None writes nothing
@@ -478,13 +542,15 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
           new: int = 64,           # most tokens of a text
           repeats: int = 3,
           device: str = 'cpu',     # or `cuda`: the engine with CUDA graphs in bf16
-          policy: Policy | str = Policy.bild(.2, 6) # of BiLD, where the pair is real
+          policy: Policy | str = Policy.bild(.2, 6), # of BiLD, where the pair is real
+          kinds=None,              # backends, out of `MAKE`; None: all of the device
+          attempt=None             # tries each system before the race, as of `tried`
          ) -> dict:                # what `run.json` holds
     "Measure passes and whole texts of a pair beside its peers"
     if device not in KINDS or device == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device {device!r}: the bench runs on cpu, '
                          'and on cuda where torch finds a GPU')
-    policy = as_policy(policy)
+    policy, kinds = as_policy(policy), kinds or KINDS[device]
     turns = recorded(trace) if trace else None
     a, tokenizer = open_model(large, 'large', device)
     b, _ = open_model(small, 'small', device)
@@ -492,15 +558,17 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
     forced = large in SHAPES or small in SHAPES
     sources = bench_sources(tokenizer, n, length, device)
     run = dict(large=large, small=small, policy='recorded' if forced else str(policy),
-               hardware=hardware(device), bandwidth=bandwidth(device=device),
+               hardware=hardware(device), bandwidth=memory_speed(device),
                new=new, n=n, repeats=repeats, forced=forced)
+    speed, first = run['bandwidth'], sources[0]
     with tempfile.TemporaryDirectory() as folder, quiet():
-        run['passes'] = both_passes(a, b, sources[0], run['bandwidth'], max(repeats, 5))
-        compared, notes = systems(a, b, new, forced, turns, policy, folder)
+        run['passes'] = both_passes(a, b, first, speed, max(repeats, 5), kinds)
+        compared, notes = systems(a, b, new, forced, turns, policy, folder, kinds)
+        if attempt: compared, notes = tried(compared, first, attempt, notes)
         rows = race(compared, sources, repeats)
         lost = overheads(compared, sources, new, repeats) if device == 'cpu' else {}
-    base = f'large, {KINDS[device][1]}'
-    run |= dict(systems=standings(rows, base), outside=lost, notes=notes)
+    run['systems'] = standings(rows, f'large, {kinds[1]}')
+    run |= dict(outside=lost, notes=notes)
     if out: write_run(Path(out), run, rows)
     return run
 

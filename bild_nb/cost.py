@@ -30,7 +30,7 @@ class Opened:
         self.model, self.ids, self.context = model, input_ids, context
         self.settings = model.settings()
         start = self.settings.start[0]
-        self.tokens = torch.full((1, context + most), start, device=model.device)
+        self.tokens = torch.full((1, context + most), start, device='cpu')
         self.reopen()
         self.read_context()
 

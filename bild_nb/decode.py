@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from .policy import Draft, ENDS, Policy, as_policy
 from .decoder import Cache, Decoder, Model, Settings
-from .decoder import drafted, evaluating, same_threads, use_threads
+from .decoder import drafted, evaluating, same_threads, transfer, use_threads
 
 # %% ../nbs/02_decode.ipynb #72d6cf6e
 @dataclass
@@ -154,20 +154,31 @@ class Run:
     small_at: int = 0
     draft_state: object = None  # of the policy's rules
     accept_state: object = None
+    farthest: float | None = None  # of the policy; None: the rule is asked
 
 # %% ../nbs/02_decode.ipynb #62ceb01f
 @patch
-def _draft(self: BigLittleDecoder, run: Run) -> tuple[Draft, Turn]:
+def _ask_small(self: BigLittleDecoder, run: Run, new: list, most: int) -> tuple:
+    "Tokens, confidences, the end, and the `Draft` if one was made"
+    small, rule, policy = self.small, self.policy.draft, self.policy
+    logits = policy.uses_large and 'small' in policy.accept.needs
+    if small.lists and rule.least is not None and not logits:
+        return *small.draft_ids(run.small, new, run.small_at, rule.least, most), None
+    draft = small.propose(run.small, self._row(new), [run.small_at],
+                          rule, run.draft_state, most, logits)
+    tokens, confidence = draft.tokens[0].tolist(), draft.confidence[0].tolist()
+    return tokens, confidence, ENDS[draft.end.item()], draft
+
+# %% ../nbs/02_decode.ipynb #548bbfa2
+@patch
+def _draft(self: BigLittleDecoder, run: Run) -> tuple[Draft | None, Turn]:
     "Let the small model propose tokens after `run.tokens`; begins a turn with them"
     started, rule = time.perf_counter(), self.policy.draft
     new, room = run.tokens[run.small_at:], run.limit - len(run.tokens)
     most = min(self.policy.max_draft, rule.most(run.draft_state), room)
-    logits = self.policy.uses_large and 'small' in self.policy.accept.needs
     use_threads(self.small)
-    draft = self.small.propose(run.small, self._row(new), [run.small_at],
-                               rule, run.draft_state, int(most), logits)
-    tokens, confidence = draft.tokens[0].tolist(), draft.confidence[0].tolist()
-    turn = Turn(tokens, confidence, ENDS[draft.end.item()])
+    tokens, confidence, end, draft = self._ask_small(run, new, int(most))
+    turn = Turn(tokens, confidence, end)
     check_numbers('small', confidence)
     n, passes = len(tokens), len(confidence)
     run.small_at += len(new) + passes - 1
@@ -187,37 +198,49 @@ def check_numbers(which: str, confidence: list):
 
 @patch
 def _row(self: BigLittleDecoder, tokens: list) -> Tensor: # (1, k)
-    return torch.tensor([tokens], dtype=torch.int64, device=self.large.device)
+    return torch.tensor([tokens], dtype=torch.int64, device='cpu')
 
 # %% ../nbs/02_decode.ipynb #f91adc2b
 @patch
-def _verify(self: BigLittleDecoder, run: Run, draft: Draft, turn: Turn) -> int:
+def _ask_large(self: BigLittleDecoder, run: Run, new: list, draft, turn: Turn) -> tuple:
+    "Tokens, confidences, distances; drafted tokens that stay, the token after them"
+    large, policy, at, g = self.large, self.policy, run.large_at, len(turn.draft)
+    if run.farthest is not None:
+        limits = run.farthest, policy.accept.strict
+        found = *_, n = large.judge_ids(run.large, new, at, g, *limits)
+        return *found, found[0][n]
+    end = turn.end if turn.end in ENDS else 'cap'
+    if draft is None: draft = drafted(turn.draft, turn.confidence, end)
+    s = large.verify(run.large, self._row(new), [at], draft.tokens)
+    verdict = policy.judge(s, draft.logits, draft, run.accept_state)
+    if policy.uses_small: run.draft_state = policy.draft.after(verdict, run.draft_state)
+    lists = (x[0].tolist() for x in (s.token, s.confidence, s.nll))
+    return *lists, verdict.n.item(), verdict.token.item()
+
+# %% ../nbs/02_decode.ipynb #bab62ccf
+@patch
+def _verify(self: BigLittleDecoder, run: Run, draft: Draft | None, turn: Turn) -> int:
     "One large pass and the verdict, into `turn`; gives the token after what stays"
     started, new = time.perf_counter(), run.tokens[run.large_at:] + turn.draft
-    policy = self.policy
     use_threads(self.large)
-    scores = self.large.verify(run.large, self._row(new), [run.large_at], draft.tokens)
-    verdict = policy.judge(scores, draft.logits, draft, run.accept_state)
-    if policy.uses_small: run.draft_state = policy.draft.after(verdict, run.draft_state)
-    turn.target, turn.distance = scores.token[0].tolist(), scores.nll[0].tolist()
-    turn.large_confidence = scores.confidence[0].tolist()
+    (turn.target, turn.large_confidence, turn.distance,
+     turn.accepted, token) = self._ask_large(run, new, draft, turn)
     check_numbers('large', turn.large_confidence)
     run.large_at += len(new)
     run.trace.large_passes += 1
     run.trace.log.append(f'L{len(new)}')
-    turn.accepted, turn.large_ms = verdict.n.item(), (time.perf_counter() - started)*1e3
-    return verdict.token.item()
+    turn.large_ms = (time.perf_counter() - started)*1e3
+    return token
 
 # %% ../nbs/02_decode.ipynb #0589b7d1
 @patch
 def _turns(self: BigLittleDecoder, run: Run):
     "Extend `run.tokens` turn by turn until EOS or the limit; yields each `Turn`"
     policy, quirks, y = self.policy, self.policy.quirks, run.tokens
-    nothing = drafted([], [], 'cap', self.large.device)
     rest = 'large_first' in quirks             # whether the small model sits a turn out
     while True:
-        draft, turn = nothing, Turn()
-        if policy.uses_small and not rest: draft, turn = self._draft(run) # 1. draft
+        asked = policy.uses_small and not rest
+        draft, turn = self._draft(run) if asked else (None, Turn())       # 1. draft
         if not policy.uses_large or turn.done and 'unverified_tail' in quirks:
             y += turn.draft
             turn.accepted = len(turn.draft)
@@ -251,7 +274,8 @@ def check_ids(ids, words: int):
         raise ValueError(f'input_ids has shape {shape}: give (1, source length)')
     if ids.shape[0] != 1:
         raise NotImplementedError(f'a batch of {ids.shape[0]}: BiLD decodes row by row')
-    low, high = ids.min().item(), ids.max().item()
+    row = ids[0].tolist()
+    low, high = min(row), max(row)
     bad = low if low < 0 else high
     if low < 0 or high >= words:
         raise IndexError(f'token {bad} of input_ids is not in a vocabulary of {words}')
@@ -297,7 +321,7 @@ def length_limit(settings: Settings, max_new_tokens=None, max_length=None) -> in
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1: raise ValueError('give max_new_tokens or max_length, not both')
     for name, value in given.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
+        if not isinstance(value, (int, Integral)) or isinstance(value, bool):
             raise ValueError(f'{name}={value!r}: give a whole number of tokens')
     limit = settings.limit or start + 128
     if 'max_new_tokens' in given: limit = start + int(max_new_tokens)
@@ -324,6 +348,7 @@ def generate(self: BigLittleDecoder,
                         'it decodes greedily, with max_new_tokens or max_length')
     started, models = time.perf_counter(), self._asked()
     settings = self._settings()
+    input_ids, attention_mask = transfer(input_ids, attention_mask)
     check_ids(input_ids, min(m.words for m in models.values()))
     check_mask(attention_mask, input_ids)
     limit = length_limit(settings, max_new_tokens, max_length)
@@ -335,7 +360,7 @@ def generate(self: BigLittleDecoder,
         told.encoder_ms = (time.perf_counter() - started)*1e3
         for turn in self._turns(run): told.add(turn, trace)
     told.ms = (time.perf_counter() - started)*1e3
-    return Output(self._row(run.tokens), [told])
+    return Output(self._row(run.tokens).to(self.large.device), [told])
 
 # %% ../nbs/02_decode.ipynb #ec19dd64
 @patch
@@ -361,11 +386,11 @@ def _open(self: BigLittleDecoder, run: Run, ids: Tensor, mask: Tensor | None):
     if tokenizer is not None and run.settings.positions:
         ends |= set(tokenizer.all_special_ids)
     ids, mask = cut(ids, mask, run.settings, ends)
-    ids = ids.to(self.large.device, torch.int64).contiguous()
-    if mask is not None: mask = mask.to(ids.device)
+    ids = ids.to(torch.int64).contiguous()
     for name, model in self._asked().items():
         use_threads(model)
         room = min(run.limit, 1024)  # more is made when it is needed
         setattr(run, name, model.open(ids, mask, settings=run.settings, room=room))
     if policy.uses_small: run.draft_state = policy.draft.begin(1)
     if policy.uses_large: run.accept_state = policy.accept.begin(1)
+    if self.large.lists: run.farthest = policy.farthest

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED', 'NO_EFFECT', 'SAMPLING', 'BEAMS', 'NEUTRAL', 'PROBED', 'special', 'Settings', 'unfollowed', 'Cache',
-           'Model', 'transfer', 'drafted', 'rollback_cache', 'PlainCache', 'Decoder', 'refuse_others', 'check_position',
-           'probe', 'evaluating', 'use_threads', 'same_threads', 'size_gb', 'memory']
+           'Model', 'transfer', 'on_host', 'drafted', 'rollback_cache', 'PlainCache', 'Decoder', 'refuse_others',
+           'check_position', 'probe', 'evaluating', 'use_threads', 'same_threads', 'size_gb', 'memory']
 
 # %% ../nbs/01_decoder.ipynb #c6799428
 import copy, inspect, threading, warnings
@@ -108,6 +108,7 @@ class Model:
     "Weights as the loop uses them. Nothing in here is changed by use"
     backend = 'plain'  # with the reason where a faster one was not possible
     snapshot = False   # whether passes use copies of the weights, not the modules
+    lists = False      # whether it has `draft_ids` and `judge_ids` (see `NativeEngine`)
     threads = None     # of a CPU, for this model's passes; None: torch's own number
     def __init__(self,
                  model,          # a transformers model
@@ -117,7 +118,7 @@ class Model:
         self._said, self._known = set(), (None, None, None)
 
     def open(self,
-             ids: Tensor,                    # (rows, source length) int64
+             ids: Tensor,                    # (rows, source length) int64, anywhere
              mask: Tensor | None = None,     # (rows, source length) of 0 and 1
              encoded: Tensor | None = None,  # (rows, source length, width), if ready
              settings: Settings | None = None,  # None: those of `settings()`
@@ -128,17 +129,17 @@ class Model:
 
     def forward(self,
                 cache: Cache,
-                tokens: Tensor,          # (rows, k) int64
+                tokens: Tensor,          # (rows, k) int64, on the host
                 at: list[int],           # (rows) position of the first
                 last: int | None = None  # how many last positions are wanted; None: all
-               ) -> Tensor:              # (rows, last, vocabulary)
+               ) -> Tensor:              # (rows, last, vocabulary), on the device
         "Forget what was read from `at` on, read `tokens`, give the logits after each"
         raise NotImplementedError
 
 # %% ../nbs/01_decoder.ipynb #04087d6a
 @patch(as_prop=True)
 def device(self: Model):
-    "Where tokens are to lie: of an offloaded model, where its hooks compute"
+    "Where passes compute: of an offloaded model, where its hooks do"
     place = self.model.device
     if place.type != 'meta': return place
     hooks = (getattr(m, '_hf_hook', None) for m in self.model.modules())
@@ -171,6 +172,21 @@ def _warn(self: Model):
         warnings.warn(f'BiLD decodes greedily and does not follow {left} '
                       f'of the generation config of {type(self.model).__name__}')
 
+# %% ../nbs/01_decoder.ipynb #42367cd0
+def transfer(*tensors) -> tuple: # the same, tensors on the host
+    "Bring tensors to the host by one copy; what is none, or is there, stays what it is"
+    far = [t for t in tensors if isinstance(t, Tensor) and not t.is_cpu]
+    if not far: return tensors
+    joined = torch.cat([t.reshape(-1).double() for t in far]).cpu()
+    parts = iter(joined.split([t.numel() for t in far]))
+    near = {id(t): next(parts).to(t.dtype).view(t.shape) for t in far}
+    return tuple(near.get(id(t), t) for t in tensors)
+
+def on_host(scores: Scores) -> Scores:
+    "`scores` with all but their logits on the host"
+    *numbers, logits = scores
+    return Scores(*transfer(*numbers), logits)
+
 # %% ../nbs/01_decoder.ipynb #4523edd4
 @patch
 def verify(self: Model,
@@ -178,9 +194,10 @@ def verify(self: Model,
            tokens: Tensor,  # (rows, k) not read before, the draft at their end
            at: list[int],   # (rows) position of the first
            draft: Tensor    # (rows, g) the drafted tokens, g < k
-          ) -> Scores:      # (rows, g + 1), with the `nll` of the draft
+          ) -> Scores:      # (rows, g + 1), with the `nll` of the draft; on the host
     "Read `tokens` and give the scores of the last g + 1 positions"
-    return score(self.forward(cache, tokens, at, draft.shape[1] + 1), draft)
+    logits = self.forward(cache, tokens, at, draft.shape[1] + 1)
+    return on_host(score(logits, draft.to(logits.device, non_blocking=True)))
 
 # %% ../nbs/01_decoder.ipynb #2be8b7d7
 @patch
@@ -199,30 +216,29 @@ def propose(self: Model,
     while len(found) < most and end == 'cap':
         s = self.verify(cache, tokens, [at], none)
         s = Scores(s.token[:, 0], s.confidence[:, 0], None, s.logits[:, 0])
-        (p,), (token,), (stop,) = transfer(s.confidence, s.token, rule.stop(s, state))
+        p, stop = s.confidence.item(), rule.stop(s, state)
         confidence.append(p)
         if logits: kept.append(s.logits)
         if stop or p != p:
             end = 'fallback'
         else:
-            found.append(int(token))
+            found.append(s.token.item())
             if found[-1] in cache.settings.eos: end = 'eos'
         at, tokens = at + tokens.shape[1], s.token[:, None]
     logits = torch.stack(kept, 1) if logits else None
-    return drafted(found, confidence, end, self.device, logits)
+    return drafted(found, confidence, end, logits)
 
 # %% ../nbs/01_decoder.ipynb #162c27b8
-def transfer(*tensors: Tensor) -> list:
-    "The values of tensors of one shape as lists: one synchronisation on a GPU"
-    if tensors[0].device.type == 'cpu': return [t.tolist() for t in tensors]
-    return torch.stack([t.double() for t in tensors]).tolist()
-
-def drafted(tokens: list, confidence: list, end: str, device, logits=None) -> Draft:
+def drafted(tokens: list,     # of one row
+            confidence: list, # of each step
+            end: str,         # out of `ENDS`
+            logits=None       # (1, steps, vocabulary), on the device
+           ) -> Draft:        # on the host
     "The `Draft` of one row"
-    whole = dict(dtype=torch.int64, device=device)
+    whole = dict(dtype=torch.int64, device='cpu')
     n = torch.tensor([len(tokens)], **whole)
     why = torch.tensor([ENDS.index(end)], **whole)
-    sure = torch.tensor([confidence], dtype=torch.float32, device=device)
+    sure = torch.tensor([confidence], dtype=torch.float32, device='cpu')
     return Draft(torch.tensor([tokens], **whole), n, sure, why, logits)
 
 # %% ../nbs/01_decoder.ipynb #3d2a31a9
@@ -257,7 +273,8 @@ class PlainCache(Cache):
     kv: EncoderDecoderCache
     encoded: BaseModelOutput
     mask: Tensor | None
-    length: int = 0
+    never: Tensor | None # ids that are never written
+    length: int = 0      # tokens read
 
 class Decoder(Model):
     "Any encoder-decoder model of transformers, by its own forward: the plain backend"
@@ -291,14 +308,18 @@ def refuse_others(model):
 @patch
 def open(self: Decoder, ids, mask=None, encoded=None, settings=None, room=64):
     "As `Model.open`"
-    if mask is not None and bool(mask.all()): mask = None
+    settings, device = settings or self.settings(), self.device
+    if mask is not None: mask = None if mask.all() else mask.to(device)
     if encoded is None:
-        encoded = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+        encoder, ids = self.model.get_encoder(), ids.to(device)
+        encoded = encoder(input_ids=ids, attention_mask=mask)
     if isinstance(encoded, Tensor): encoded = BaseModelOutput(encoded)
     own, decoder = DynamicCache(), self.model.get_decoder()
     if self.static: own = StaticCache(config=decoder.config, max_cache_len=self.static)
     kv = EncoderDecoderCache(own, DynamicCache())
-    return PlainCache(settings or self.settings(), kv, encoded, mask)
+    never = [i for i in settings.never if 0 <= i < settings.vocab]
+    never = torch.tensor(never, dtype=torch.int64, device=device) if never else None
+    return PlainCache(settings, kv, encoded, mask, never)
 
 # %% ../nbs/01_decoder.ipynb #16f260e5
 @patch
@@ -307,13 +328,13 @@ def forward(self: Decoder, cache: PlainCache, tokens, at, last=None) -> Tensor:
     (at,), k, settings = at, tokens.shape[1], cache.settings
     check_position(at, cache.length)
     if cache.length > at: rollback_cache(cache.kv, cache.length - at)
+    tokens = tokens.to(self.device, non_blocking=True)
     out = self.model(encoder_outputs=cache.encoded, attention_mask=cache.mask,
                      decoder_input_ids=tokens, use_cache=True,
                      **{self.cache_name: cache.kv})
     cache.length = at + k
     logits = out.logits[:, -(last or k):, :settings.vocab]
-    never = [i for i in settings.never if 0 <= i < settings.vocab]
-    if never: logits[..., never] = -torch.inf
+    if cache.never is not None: logits.index_fill_(-1, cache.never, -torch.inf)
     return logits
 
 # %% ../nbs/01_decoder.ipynb #77111289
@@ -336,7 +357,7 @@ def probe(decoder: Model):
 
 def _probe(decoder) -> str | None:
     "What is wrong when four tokens are read at once instead of one by one"
-    ids = torch.tensor([[2, 3, 1, 2]], device=decoder.device)
+    ids = torch.tensor([[2, 3, 1, 2]], device='cpu')
     try:
         with evaluating(decoder.model): once, singly, again = _readings(decoder, ids)
     except (MemoryError, torch.OutOfMemoryError): raise

@@ -20,7 +20,7 @@ from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 from .decode import check_ids, check_mask
 from .decoder import Cache, Model, check_position, drafted
-from .decoder import memory, size_gb, transfer
+from .decoder import memory, on_host, size_gb, transfer
 from .policy import Draft, Scores, score
 
 # %% ../nbs/10_engine.ipynb #0af5551c
@@ -509,9 +509,17 @@ def encode(self: Engine,
         torch.empty(self.heads, n, n, dtype=self.dtype, device=self.device)
         bias = self.encoder_bias.window(0, n, n)
         if mask is not None: bias = bias + mask
-        x = F.embedding(ids, self.source_embedding)
-        for layer in self.encoder: x = layer.feed(layer.encode(x, bias))
-        return self.encoder_norm(x)
+        return self._encode(ids, bias)
+
+@patch
+def _encode(self: Engine,
+            ids: Tensor, # (source length) int64
+            bias: Tensor # (heads, source length, source length)
+           ) -> Tensor:  # (source length, d_model)
+    "The encoder with the biases of its attention"
+    x = F.embedding(ids, self.source_embedding)
+    for layer in self.encoder: x = layer.feed(layer.encode(x, bias))
+    return self.encoder_norm(x)
 
 # %% ../nbs/10_engine.ipynb #9f8d5943
 @dataclass
@@ -524,6 +532,7 @@ class Source:
 @patch
 def _source(self: Engine, ids, mask, encoded, settings) -> Source:
     "Look at a source, run the encoder, make keys and values for the decoder's layers"
+    ids, mask = transfer(ids, mask)
     check_ids(ids, self.words)
     check_mask(mask, ids)
     check_encoded(encoded, ids, self.embedding.shape[1])
@@ -578,10 +587,10 @@ def _pass(self: Engine, cache: EngineCache,
 # %% ../nbs/10_engine.ipynb #89228e35
 @patch
 def _checked(self: Engine, cache: EngineCache, tokens, at: list) -> Tensor: # (k)
-    "The ids of a pass, if it can be made"
+    "The ids of a pass on the device, if it can be made"
     check_ids(tokens, self.words)
     check_position(at[0], cache.length)
-    return tokens[0].to(self.device, torch.int64)
+    return tokens[0].to(self.device, torch.int64, non_blocking=True)
 
 @patch
 def forward(self: Engine, cache: EngineCache, tokens, at, last=None) -> Tensor:
@@ -625,9 +634,10 @@ def _at(z: Tensor, tokens: Tensor) -> Tensor:
 @patch
 def verify(self: Engine, cache: EngineCache, tokens, at, draft) -> Scores:
     "As `Model.verify`"
-    ids, draft = self._checked(cache, tokens, at), draft[0].to(self.device)
+    ids = self._checked(cache, tokens, at)
+    draft = draft[0].to(self.device, non_blocking=True)
     logits = self._pass(cache, ids, at[0], draft.shape[0] + 1)
-    token, confidence, nll, logits = fast_score(logits, draft)
+    token, confidence, nll, logits = on_host(fast_score(logits, draft))
     return Scores(token[None], confidence[None], nll[None], logits[None])
 
 # %% ../nbs/10_engine.ipynb #b042b9fa
@@ -644,10 +654,11 @@ def propose(self: Engine, cache, tokens, at, rule, state, most, logits=False) ->
         s = fast_score(self._pass(cache, ids, at, 1), none)
         at += ids.shape[0]
         ids = s.token
-        (p,), (token,) = transfer(s.confidence, s.token)
+        p, token = transfer(s.confidence, s.token)
+        p = p.item()
         confidence.append(p)
         if p < least or p != p: end = 'fallback'
         else:
-            found.append(int(token))
+            found.append(token.item())
             if found[-1] in cache.settings.eos: end = 'eos'
-    return drafted(found, confidence, end, self.device)
+    return drafted(found, confidence, end)

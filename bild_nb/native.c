@@ -550,13 +550,16 @@ long decode(const Stack *s, const Text *c, long k, const int64_t *tokens, long a
     return pass(s, c, &w, k, tokens, at, last, z);
 }
 
-/* the scores of the last g + 1 positions, and the distances of g drafted tokens */
+/* the scores of the last g + 1 positions and the distances of g drafted tokens; returns how many of these
+   stay: all before the first that is farther than `farthest` and, unless `strict`, not the best token */
 long verify(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long g,
-            const int64_t *draft, float *z, int64_t *token, float *confidence, float *nll) {
+            const int64_t *draft, float farthest, int strict,
+            float *z, int64_t *token, float *confidence, float *nll) {
     Work w;
     int64_t drafted;
+    long kept = 0;
     int v = c->vocab;
-    if (!z || !token || !confidence || (g && (!draft || !nll))) return BAD_SIZE;
+    if (!z || !token || !confidence || !nll || (g && !draft)) return BAD_SIZE;
     if (g < 0 || g >= k || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
     for (long r = 0; r < g; r++) if (!read_id(draft, r, v, &drafted)) return BAD_DRAFT;
     if (pass(s, c, &w, k, tokens, at, g + 1, z)) return BAD_TOKEN;
@@ -565,14 +568,15 @@ long verify(const Stack *s, const Text *c, long k, const int64_t *tokens, long a
         if (r == g) break;
         if (!read_id(draft, r, v, &drafted)) return BAD_DRAFT;
         nll[r] = lse - z[drafted];
+        int stays = nll[r] <= farthest || (!strict && drafted == token[r]);
+        if (kept == r) kept += stays;
     }
-    return DONE;
+    return kept;
 }
 
 enum { FALLBACK, EOS, CAP, ENDS }; /* why a draft ended */
 
-/* a draft of at most `most` tokens: `found` gets their number, why it ended (which the return value
-   says too, as ENDS times the number plus the reason), and the tokens */
+/* a draft of at most `most` tokens, into `found`; returns ENDS times their number plus why it ended */
 long propose(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long most,
              float least, int64_t *found, float *confidence) {
     Work w;
@@ -581,7 +585,7 @@ long propose(const Stack *s, const Text *c, long k, const int64_t *tokens, long 
     if (most < 1 || most > c->room) return BAD_SIZE;
     if (k + most - 1 > c->room - at || k + most - 1 > c->far - at) return BAD_SIZE;
     while (end < 0) {
-        int64_t *token = found + 2 + n;
+        int64_t *token = found + n;
         float *p = confidence + n;
         if (pass(s, c, &w, k, tokens, at, 1, w.z)) return BAD_TOKEN;
         judge(w.z, c->vocab, token, p);
@@ -593,7 +597,5 @@ long propose(const Stack *s, const Text *c, long k, const int64_t *tokens, long 
         at += k;
         k = 1;
     }
-    found[0] = n;
-    found[1] = end;
     return ENDS*n + end;
 }

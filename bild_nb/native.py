@@ -9,8 +9,9 @@ __all__ = ['ACTIVATIONS', 'BAD_TOKEN', 'BAD_DRAFT', 'BAD_SIZE', 'FLAGS', 'SECOND
            'Weights', 'unusable', 'NativeEngine', 'NativeCache', 'as_ids', 'outside']
 
 # %% ../nbs/11_native.ipynb #ffc9f770
-import ctypes, hashlib, os, platform, shlex, shutil, signal, stat
+import ctypes, hashlib, math, os, platform, shlex, shutil, signal, stat
 import subprocess, tempfile, threading, time
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
-from .decoder import Cache, Model, Settings, check_position, memory, size_gb
+from .decoder import Cache, Model, Settings
+from .decoder import check_position, drafted, memory, size_gb
 from .engine import Block, COLD, Family, Positions, t5_family, unsupported
-from .policy import Draft, ENDS, Scores
+from .policy import ENDS, Scores
 
 # %% ../nbs/11_native.ipynb #3021b7f2
 ACTIVATIONS = ['relu', 'gelu_new', 'silu', 'gelu']
@@ -72,6 +74,10 @@ def _address(x):
     if isinstance(x, Tensor): return x.data_ptr()
     if isinstance(x, ctypes.Array): return ctypes.addressof(x)
     return x
+
+def _ids_at(address: int, n: int) -> list:
+    "What C reads as `n` ids"
+    return (ctypes.c_int64*n).from_address(address)[:]
 
 # %% ../nbs/11_native.ipynb #a373c74c
 FLAGS = '-O3 -march=native -fno-math-errno -fno-trapping-math -fPIC -shared -w'.split()
@@ -175,7 +181,7 @@ def typed(lib):
     functions = dict(struct_size=[i], int8_top=[], multiply=[p, p, i, p, p, i],
                      scratch=[p, p, n, n, n, n, i], read_source=[p, p, p, p, n, p, p],
                      decode=[p, p, n, p, n, n, p],
-                     verify=[p, p, n, p, n, n, p, p, p, p, p],
+                     verify=[p, p, n, p, n, n, p, _float, i, p, p, p, p],
                      propose=[p, p, n, p, n, n, _float, p, p])
     for name, types in functions.items():
         function = getattr(lib, name, None)
@@ -293,6 +299,7 @@ def unusable(model, int8: bool = False) -> str | None:
 class NativeEngine(Model):
     "A T5 or mT5 whose passes are calls of C code; a `ValueError` where it cannot run"
     snapshot, device, words = True, torch.device('cpu'), 0
+    lists = True  # `draft_ids` and `judge_ids`
     def __init__(self,
                  model,             # a T5 or mT5 in fp32 on a CPU; weights are copied
                  tokenizer=None,    # shows texts in traces
@@ -344,6 +351,7 @@ class NativeCache(Cache):
     text: Text       # where it lies; a new one whenever more is needed
     weights: Weights # of the model that opened it, the only one that can go on
     length: int = 0  # tokens that were read
+    logits: Tensor | None = None  # memory for those that nobody asks for
 
 # %% ../nbs/11_native.ipynb #046defbc
 @patch
@@ -400,9 +408,14 @@ def _whole(ids: Tensor, what: str) -> Tensor:
     kind = str(ids.dtype)[6:]
     raise TypeError(f'{what} are in {kind}: ids are whole numbers, as torch.int64')
 
-def outside(ids: Tensor, below: int, what: str) -> IndexError:
+def _listed(ids: list) -> array:
+    "A list of ids as C reads them"
+    if 1 <= len(ids) <= LONGEST: return array('q', ids)
+    raise ValueError(f'a list of {len(ids)} ids: give 1 to {LONGEST}')
+
+def outside(ids: list, below: int, what: str) -> IndexError:
     "The error for ids that are not below `below`"
-    bad = next((i for i in ids[0].tolist() if not 0 <= i < below), 'drafted')
+    bad = next((i for i in ids if not 0 <= i < below), 'drafted')
     return IndexError(f'id {bad} of the {what} is not in the vocabulary of {below}')
 
 # %% ../nbs/11_native.ipynb #4b602c2e
@@ -466,14 +479,13 @@ def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=6
     far = line.shape[1]//2 + 1
     code = self.lib.read_source(*self.at, ctypes.byref(text), line.data_ptr(), far,
                                 ids.data_ptr(), _address(encoded))
-    if code: raise self._error(code, ids, 'source')
+    if code: raise self._error(code, n, ids.data_ptr(), 'source')
     return NativeCache(settings, text, self.weights)
 
 @patch
-def _error(self: NativeEngine, code: int, ids: Tensor, what: str) -> Exception:
-    "What a negative `code` from C means for `ids`"
-    if code == BAD_TOKEN: return outside(ids, self.words, what)
-    k = ids.shape[1]
+def _error(self: NativeEngine, code: int, k: int, ids: int, what: str) -> Exception:
+    "What a negative `code` from C means for the `k` ids at the address `ids`"
+    if code == BAD_TOKEN: return outside(_ids_at(ids, k), self.words, what)
     return ValueError(f'{k} ids of the {what} cannot be read: '
                       'too many, or in no real memory')
 
@@ -481,25 +493,25 @@ def _error(self: NativeEngine, code: int, ids: Tensor, what: str) -> Exception:
 @patch
 def _run(self: NativeEngine,
          cache: NativeCache,
-         function,       # of the library
-         tokens: Tensor, # (1, k) int64
-         at: list[int],  # position of the first
-         more: int,      # tokens that come after them in the same call
-         *rest           # arguments of `function` after the first five
-        ) -> int:        # what it returned
-    "Call `function` for a pass over `tokens`"
-    start, k, text = index(at[0]), tokens.shape[1], cache.text
+         function,   # of the library
+         k: int,     # tokens to read
+         ids: int,   # their address
+         at: int,    # position of the first
+         more: int,  # tokens that come after them in the same call
+         *rest       # arguments of `function` after the first five
+        ) -> int:    # what it returned
+    "Call `function` for a pass over `k` tokens"
+    at = index(at)
     if cache.weights is not self.weights:
         raise ValueError('this text was opened by another model')
-    check_position(start, cache.length)
-    cache.length = start  # whatever happens, what lay there is forgotten
-    given = k, tokens.data_ptr(), start, *rest
-    code = function(self.at[1], ctypes.byref(text), *given)
+    check_position(at, cache.length)
+    cache.length = at  # whatever happens, what lay there is forgotten
+    code = function(self.at[1], ctypes.byref(cache.text), k, ids, at, *rest)
     if code == BAD_SIZE:
-        cache.text = text = text.having(**self._memory(text, start + k + more, k))
-        code = function(self.at[1], ctypes.byref(text), *given)
-    if code in (BAD_TOKEN, BAD_SIZE): raise self._error(code, tokens, 'tokens')
-    if code >= 0: cache.length = start + k
+        cache.text = cache.text.having(**self._memory(cache.text, at + k + more, k))
+        code = function(self.at[1], ctypes.byref(cache.text), k, ids, at, *rest)
+    if code in (BAD_TOKEN, BAD_SIZE): raise self._error(code, k, ids, 'tokens')
+    if code >= 0: cache.length = at + k
     return code
 
 # %% ../nbs/11_native.ipynb #d3464382
@@ -511,49 +523,95 @@ def forward(self: NativeEngine, cache: NativeCache, tokens, at, last=None) -> Te
     last = k if last is None else index(last)
     if not 0 < last <= k: raise ValueError(f'{last} of {k} positions asked for')
     z = _empty(1, last, cache.text.vocab)
-    self._run(cache, self.lib.decode, tokens, at, 0, last, z.data_ptr())
+    given = k, tokens.data_ptr(), at[0]
+    self._run(cache, self.lib.decode, *given, 0, last, z.data_ptr())
     return z
 
 # %% ../nbs/11_native.ipynb #281474a2
 @patch
+def _compare(self: NativeEngine,
+             cache: NativeCache,
+             given: tuple,   # number, address and position of the tokens to read
+             g: int,         # drafted tokens
+             draft: int,     # their address
+             z: Tensor,      # room for g + 1 rows of logits
+             farthest: float,
+             strict: bool
+            ) -> tuple:      # tokens, confidences, distances; how many stay
+    "Read tokens and compare them with a draft"
+    token, confidence = (ctypes.c_int64*(g + 1))(), (_float*(g + 1))()
+    nll = (_float*(g + 1))()  # the last one is not used: no array is empty
+    kept = self._run(cache, self.lib.verify, *given, 0, g, draft, farthest, strict,
+                     z.data_ptr(), token, confidence, nll)
+    if kept == BAD_DRAFT: raise outside(_ids_at(draft, g), cache.text.vocab, 'draft')
+    return token, confidence, nll, kept
+
+# %% ../nbs/11_native.ipynb #f8aa91f4
+@patch
 def verify(self: NativeEngine, cache: NativeCache, tokens, at, draft) -> Scores:
     "As `Model.verify`"
     tokens, draft = as_ids(tokens), as_ids(draft, 'drafted ids', 0)
-    k, g, vocab = tokens.shape[1], draft.shape[1], cache.text.vocab
+    k, g = tokens.shape[1], draft.shape[1]
     if g >= k:
         raise ValueError(f'a draft of {g} tokens needs a pass over more than {k}')
-    z, token = _empty(1, g + 1, vocab), _empty(1, g + 1, dtype=torch.int64)
-    confidence, nll = _empty(1, g + 1), _empty(1, g)
-    code = self._run(cache, self.lib.verify, tokens, at, 0, g,
-                     draft.data_ptr(), z.data_ptr(),
-                     token.data_ptr(), confidence.data_ptr(), nll.data_ptr())
-    if code == BAD_DRAFT: raise outside(draft, vocab, 'draft')
-    return Scores(token, confidence, nll, z)
+    z, given = _empty(1, g + 1, cache.text.vocab), (k, tokens.data_ptr(), at[0])
+    token, confidence, nll, _ = self._compare(cache, given, g, draft.data_ptr(), z,
+                                              math.inf, False)
+    sure, far = (torch.frombuffer(x, dtype=torch.float32) for x in (confidence, nll))
+    return Scores(torch.frombuffer(token, dtype=torch.int64)[None],
+                  sure[None], far[None, :g], z)
 
 # %% ../nbs/11_native.ipynb #fd4e6f9c
 @patch
+def draft_ids(self: NativeEngine,
+              cache: NativeCache,
+              ids: list,    # tokens not read before
+              at: int,      # position of the first
+              least: float, # of the draft rule
+              most: int     # tokens of the draft
+             ) -> tuple:    # tokens, confidence of each step, one of `ENDS`
+    "`propose` for a rule that is a number, in lists"
+    tokens, confidence, end, ids = [], [], 'cap', _listed(ids)
+    while end == 'cap' and len(tokens) < most:
+        k, fits = len(ids), cache.text.room - at - len(ids) + 1
+        now = min(most - len(tokens), max(fits, 16))
+        found, sure = (ctypes.c_int64*now)(), (_float*now)()
+        code = self._run(cache, self.lib.propose, k, ids.buffer_info()[0], at,
+                         now - 1, now, float(least), found, sure)
+        n, why = divmod(code, len(ENDS))
+        end = ENDS[why]
+        steps = n + (end == 'fallback')
+        cache.length += steps - 1  # the last token was written, not read
+        tokens += found[:n]
+        confidence += sure[:steps]
+        ids, at = array('q', tokens[-1:]), cache.length
+    return tokens, confidence, end
+
+# %% ../nbs/11_native.ipynb #4b7c7842
+@patch
 def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=False):
     "As `Model.propose`"
-    if rule.least is None or logits or most < 1:
+    if rule.least is None or logits:
         return Model.propose(self, cache, tokens, at, rule, state, most, logits)
-    tokens, start = as_ids(tokens), index(at[0])
-    fits = cache.text.room - start - tokens.shape[1] + 1
-    most_now = min(index(most), max(fits, 16))
-    found, confidence = _empty(2 + most_now, dtype=torch.int64), _empty(1, most_now)
-    code = self._run(cache, self.lib.propose, tokens, at, most_now - 1,
-                     most_now, float(rule.least),
-                     found.data_ptr(), confidence.data_ptr())
-    n, end = divmod(code, len(ENDS))
-    steps = n + (ENDS[end] == 'fallback')
-    cache.length += steps - 1  # the last token was written, not read
-    draft = Draft(found[None, 2:2 + n], found[:1], confidence[:, :steps], found[1:2])
-    if ENDS[end] != 'cap' or n == most: return draft
-    last = draft.tokens[:, -1:]
-    rest = self.propose(cache, last, [cache.length], rule, state, most - n)
-    return _joined(draft, rest)
+    ids = as_ids(tokens)[0].tolist()
+    return drafted(*self.draft_ids(cache, ids, at[0], rule.least, index(most)))
 
-def _joined(a: Draft, b: Draft) -> Draft:
-    "Two pieces of one draft"
-    tokens = torch.cat([a.tokens, b.tokens], 1)
-    confidence = torch.cat([a.confidence, b.confidence], 1)
-    return Draft(tokens, a.n + b.n, confidence, b.end)
+# %% ../nbs/11_native.ipynb #8ee514a7
+@patch
+def judge_ids(self: NativeEngine,
+              cache: NativeCache,
+              ids: list,         # tokens not read before, the draft at their end
+              at: int,           # position of the first
+              g: int,            # tokens of the draft
+              farthest: float,   # of the policy
+              strict=False       # as its accept rule
+             ) -> tuple:         # lists as in `Scores`; drafted tokens that stay
+    "`verify` and the verdict of a rule that is a number, in lists"
+    ids, k, size = _listed(ids), len(ids), (g + 1)*cache.text.vocab
+    if not 0 <= g < k:
+        raise ValueError(f'a draft of {g} tokens needs a pass over more than {k}')
+    if cache.logits is None or len(cache.logits) < size: cache.logits = _empty(size)
+    given = k, ids.buffer_info()[0], at
+    token, confidence, nll, kept = self._compare(cache, given, g, given[1] + 8*(k - g),
+                                                 cache.logits, farthest, strict)
+    return token[:], confidence[:], nll[:g], kept

@@ -49,18 +49,23 @@ BACKENDS = dict(
     auto=None,  # the first of the others that can run a model
     native=Backend('bild_nb.native:NativeEngine', 'bild_nb.native:unusable', int8=True),
     engine=Backend('bild_nb.engine:Engine', 'bild_nb.engine:unsupported', int8=True),
-    graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.engine:unsupported', auto=()),
+    graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.engine:unsupported',
+                   auto=('cuda',)),
     plain=Backend('bild_nb.decoder:Decoder', auto=None))
 
 # %% ../nbs/06_pair.ipynb #610f1bd7
 def fastest(model, tokenizer=None, int8: bool = False) -> Model:
     "`model` on the first backend that can run it; its line says why not on the others"
     made, skipped = None, defaultdict(list)  # names of backends by reason
+    place, all_of = model.device.type, [b for b in BACKENDS.values() if b]
+    known = {kind for backend in all_of for kind in backend.auto or ()}
     for name, backend in BACKENDS.items():
-        if backend is None or backend.auto == (): continue
+        if backend is None: continue
+        elsewhere = backend.auto is not None and place not in backend.auto
+        if elsewhere and place in known: continue  # it is not meant for this place
         try:
-            if backend.auto and model.device.type not in backend.auto:
-                raise ValueError(f'the model is on {model.device.type}, '
+            if elsewhere:
+                raise ValueError(f'the model is on {place}, '
                                  f'auto takes this on {", ".join(backend.auto)}')
             made = backend.make(model, tokenizer, int8)
             break

@@ -60,12 +60,17 @@ class Rule:
     def content(self) -> dict:
         "The rule's name and its numbers: what makes it this rule and no other"
         return dict(rule=type(self).__name__, **vars(self))
+    def __init_subclass__(cls):  # who decides in a way of its own is no parent's number
+        own = vars(cls)
+        if 'stop' in own: cls.least = own.get('least')
+        if {'keep', 'judge'} & own.keys(): cls.farthest = own.get('farthest')
 
 class DraftRule(Rule):
     "When the small model stops drafting. A new rule says `stop`, the rest has defaults"
     least = None  # of a rule that is `confidence < least`: backends then need not ask
+    reads_logits = True  # whether `stop` does; if not, several steps may come first
     def stop(self,
-             scores: Scores,  # of the small model at the next token, (rows)
+             scores: Scores,  # of the next token, (rows), on the host but for `logits`
              state            # what `begin` or `after` gave
             ) -> Tensor:      # (rows) bool: True where the draft ends before this token
         raise NotImplementedError
@@ -119,14 +124,16 @@ class Verdict(NamedTuple):
 class AcceptRule(Rule):
     "Which drafted tokens stay. A new rule says `keep`, or writes its own `judge`"
     needs = frozenset({'large'})  # and `small`, if it reads the small model's logits
+    farthest = None  # of a rule that is `nll <= farthest`,
+    strict = False   # or, if not `strict`, the argmax: backends then need not ask
     def keep(self,
              large: Scores,  # (rows, g + 1), with the `nll` of the draft
              draft: Tensor   # (rows, g) tokens
             ) -> Tensor:     # (rows, g) bool: True where the token may stay
         raise NotImplementedError
     def judge(self,
-              large: Scores,         # (rows, g + 1), with the `nll` of the draft
-              small: Tensor | None,  # (rows, g + 1, vocabulary) logits, if needed
+              large: Scores,         # (rows, g + 1), on the host but for `logits`
+              small: Tensor | None,  # (rows, g + 1, vocabulary) logits on the device
               draft: Draft,
               state=None,            # what `begin` gave; a rule may write into it
               rng=None               # a `torch.Generator` for rules that draw
@@ -146,6 +153,8 @@ class NLL(AcceptRule):
     strict: bool = False  # the paper's own rule, without mercy for the argmax
     def __post_init__(self):
         object.__setattr__(self, 'threshold', check('rollback', self.threshold, 0))
+    @property
+    def farthest(self): return self.threshold
     def keep(self, large, draft):
         near = large.nll <= self.threshold
         return near if self.strict else near | is_argmax(large, draft)
@@ -158,6 +167,7 @@ def is_argmax(large: Scores, draft: Tensor) -> Tensor: # (rows, g) bool
 @dataclass(frozen=True)
 class Greedy(AcceptRule):
     "Keep the large model's own argmax only: its greedy output"
+    farthest = -math.inf
     def keep(self, large, draft): return is_argmax(large, draft)
 
 # %% ../nbs/00_policy.ipynb #0c8697ab
@@ -248,6 +258,14 @@ def judge(self: Policy, large, small, draft, state=None, rng=None) -> Verdict:
     agrees = is_argmax(large, draft.tokens)
     n = torch.where((first & agrees).any(-1), draft.n, verdict.n)
     return Verdict(n, large.token.gather(-1, n[..., None])[..., 0])
+
+# %% ../nbs/00_policy.ipynb #c06d30df
+@patch(as_prop=True)
+def farthest(self: Policy) -> float | None:
+    "The number that is all there is to a verdict (see `AcceptRule`); None: `judge` it"
+    learns = self.uses_small and type(self.draft).after is not DraftRule.after
+    if learns or 'first_only' in self.quirks: return None
+    return self.accept.farthest if self.uses_large else None
 
 # %% ../nbs/00_policy.ipynb #60e1a77c
 def _plain(value):
