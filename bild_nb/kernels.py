@@ -61,9 +61,9 @@ def _wait(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 @jit
-def _product_few(x, w, g, n, M, N, K, BM: tl.constexpr, BN: tl.constexpr,
+def _product_few(x, w, g, n, N, K, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):
-    "Columns `n` of the product with few rows, (BN, BM), and the rows' squares"
+    "Columns `n` of the product with `BM` rows, (BN, BM), and the rows' squares"
     k, m = tl.arange(0, BK), tl.arange(0, BM)
     weights = _weights(w, n, k, N, K)
     _wait(EARLY)
@@ -73,7 +73,7 @@ def _product_few(x, w, g, n, M, N, K, BM: tl.constexpr, BN: tl.constexpr,
         weights = _weights(w, n, start + BK + k, N, K)
         if NORM: scale = tl.load(g + start + k, mask=here, other=0.).to(tl.float32)
         for i in tl.static_range(BM):
-            row = tl.load(x + i*K + start + k, mask=here & (0*k + i < M), other=0.)
+            row = tl.load(x + i*K + start + k, mask=here, other=0.)
             row = row.to(tl.float32)
             squares += tl.where(m == i, tl.sum(row*row, 0), 0.)
             if NORM: row *= scale
@@ -88,7 +88,7 @@ def _product(x, w, g, n, M, N, K, eps, BM: tl.constexpr, BN: tl.constexpr,
              EARLY: tl.constexpr):
     "Columns `n` of a product, (BN, BM)"
     if BM <= FEW:
-        total, squares = _product_few(x, w, g, n, M, N, K, BM, BN, BK, NORM, EARLY)
+        total, squares = _product_few(x, w, g, n, N, K, BM, BN, BK, NORM, EARLY)
     else:
         _wait(EARLY)
         total, squares = tl.zeros((BN, BM), tl.float32), tl.zeros((BM,), tl.float32)
