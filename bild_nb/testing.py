@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GPU', 'WAITS', 'BETWEEN', 'random_t5', 'noisy', 'OnGPU', 'moved', 'PretendGPU', 'is_device', 'refuse_waits',
-           'miniature', 'random_pair', 'rehearse', 'Tape']
+           'miniature', 'random_pair', 'rehearse', 'Tape', 'interpret_triton']
 
 # %% ../nbs/98_testing.ipynb #bc8fc6a4
-import re, weakref
+import os, re, sys, weakref
 from pathlib import Path
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration
@@ -225,3 +225,13 @@ def _alive(x):
     if not isinstance(x, weakref.ref): return x
     if (found := x()) is None: raise RuntimeError('a recording reads freed memory')
     return found
+
+# %% ../nbs/98_testing.ipynb #42b9452f
+def interpret_triton():
+    "Let Triton, and the package's kernels, be imported anew, as interpreted ones"
+    os.environ['TRITON_INTERPRET'] = '1'
+    for name in [*sys.modules]:
+        compiled = name.startswith('triton._C')  # cannot be loaded twice
+        theirs = name.split('.')[0] == 'triton' and not compiled
+        if theirs or name == 'bild_nb.kernels': del sys.modules[name]
+    vars(sys.modules['bild_nb']).pop('kernels', None)
