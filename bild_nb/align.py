@@ -12,12 +12,13 @@ import copy, math, random, shutil, sys, time
 from dataclasses import asdict
 from pathlib import Path
 import torch
+from .batches import TokenBatches
 from .policy import NLL, Greedy, Policy
 from .decoder import Decoder
 from .decode import check_pair
 from .seq2seq import cheap_dropout
 from .train import hold_out
-from .trainer import TokenBatches, load_weights, readable, save_half
+from .trainer import load_weights, readable, save_half
 from .runs import Folder, Siblings
 from .safe import (digest, model_digest, read_json, replace_file,
                           tokenizer_digest, write_json)

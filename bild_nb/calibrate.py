@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
+from .batches import encode
 from .decoder import evaluating, special
-from .trainer import encode
 from .runs import Folder, Records, Siblings
 from .safe import digest, model_digest, replace_file, tokenizer_digest
 

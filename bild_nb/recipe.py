@@ -16,11 +16,12 @@ from fastcore.basics import patch
 from transformers import (DataCollatorForSeq2Seq, EarlyStoppingCallback,
                           PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments,
                           TrainerCallback)
+from .batches import TokenBatches
 from .policy import Policy
 from .runs import Siblings
 from .safe import SEAL, last_checkpoint, read_json, seal, whole, write_json
 from .seq2seq import adafactor
-from .trainer import Bar, BudgetTrainer, TokenBatches
+from .trainer import Bar, BudgetTrainer
 from .objectives import OBJECTIVES, agreement, own_drafts
 
 # %% ../nbs/23b_recipe.ipynb #17452ce6

@@ -12,14 +12,14 @@ import math, random, shutil, sys, time
 from pathlib import Path
 import torch
 from transformers import AutoTokenizer
+from .batches import check_rows
 from .cost import mean_length, pair_times
 from .corpus import key, train_tokenizer
 from .pair import load_model, load_pair
 from .runs import Folder, Siblings
 from .safe import digest, read_json, replace_file, write_json
-from .seq2seq import adafactor, cheap_dropout, new_t5, take_layers
-from .trainer import (BudgetTrainer, TokenBatches, check_rows, encode, readable,
-                             save_half, train_seq2seq)
+from .seq2seq import new_t5, take_layers
+from .trainer import train_seq2seq
 
 # %% ../nbs/21_train.ipynb #45afb540
 SIZES = dict( # name to (pairs from which on it is suggested, its numbers)
