@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['GPU', 'WAITS', 'BETWEEN', 'random_t5', 'noisy', 'OnGPU', 'moved', 'PretendGPU', 'is_device', 'refuse_waits',
-           'miniature', 'random_pair', 'rehearse', 'Tape', 'interpret_triton']
+           'miniature', 'random_pair', 'rehearse', 'Tape', 'Result', 'interpret_triton']
 
 # %% ../nbs/98_testing.ipynb #bc8fc6a4
 import os, re, sys, weakref
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration
+from fastcore.basics import patch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,33 +200,58 @@ class Tape(TorchDispatchMode):
     "Records `work`; then a call repeats its operations"
     def __init__(self, work):
         super().__init__()
-        self.calls, self.made = [], set()
+        self.calls, self.values, outside = [], [], {}
         with self: work()
+        for _, held, _ in self.calls:
+            for x in tree_flatten(held)[0]:
+                if isinstance(x, weakref.ref): outside[x().untyped_storage()._cdata] = x
+        # a graph keeps its own results, and no view of what lies outside
+        self.values = [None if x.untyped_storage()._cdata in outside else x
+                       for x in self.values]
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = f(*args, **kwargs)
-        self.calls.append((f, tree_map(self._held, (args, kwargs)), out))
-        self.made |= {id(x) for x in tree_flatten(out)[0]}
+        named = tree_map(self._name, (args, kwargs))
+        self.calls.append((f, named, [self._new(x) for x in tree_flatten(out)[0]]))
         return out
 
-    def _held(self, x):
-        "A tensor of its own as it is, one from outside as a weak reference"
-        outside = isinstance(x, Tensor) and id(x) not in self.made
-        return weakref.ref(x) if outside else x
+# %% ../nbs/98_testing.ipynb #6107d801
+@dataclass(frozen=True)
+class Result:
+    "What an operation of a `Tape` gave, by its number"
+    number: int
 
-    def __call__(self):
-        for f, held, out in self.calls:
-            args, kwargs = tree_map(_alive, held)
-            again = f(*args, **kwargs)
-            for to, x in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
-                if to.data_ptr() != x.data_ptr(): to.copy_(x)  # else the same memory
-
-def _alive(x):
-    "What a weak reference refers to; a `RuntimeError` if it is gone"
+def _alive(x, values):
+    "A tensor that is meant; a `RuntimeError` if it is gone"
+    if isinstance(x, Result): return values[x.number]
     if not isinstance(x, weakref.ref): return x
     if (found := x()) is None: raise RuntimeError('a recording reads freed memory')
     return found
+
+# %% ../nbs/98_testing.ipynb #4538f583
+@patch
+def _name(self: Tape, x):
+    "A result by its number, a tensor from outside as a weak reference"
+    if not isinstance(x, Tensor): return x
+    found = [i for i, value in enumerate(self.values) if value is x]
+    return Result(found[-1]) if found else weakref.ref(x)
+
+@patch
+def _new(self: Tape, x) -> int:
+    "Number of a result"
+    self.values.append(x)
+    return len(self.values) - 1
+
+@patch
+def __call__(self: Tape):
+    values = [*self.values]
+    for f, named, numbers in self.calls:
+        args, kwargs = tree_map(lambda x: _alive(x, values), named)
+        again = tree_flatten(f(*args, **kwargs))[0]
+        for i, x in zip(numbers, again):
+            if values[i] is None: values[i] = x
+            elif values[i].data_ptr() != x.data_ptr(): values[i].copy_(x)
 
 # %% ../nbs/98_testing.ipynb #42b9452f
 def interpret_triton():
