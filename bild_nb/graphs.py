@@ -61,6 +61,9 @@ class GraphEngine(Engine):
                  own: bool | None = None,    # our kernels; None: on a GPU with Triton
                  ahead: int = 1              # steps of a draft in one graph
                 ):
+        if most + 2*ahead > RING:  # a pass and two groups of steps are under way
+            raise ValueError(f'most={most}, ahead={ahead}: most + 2*ahead must be at '
+                             f'most {RING}')
         super().__init__(model, tokenizer)
         on_gpu = self.device.type == 'cuda'
         self.size, self.most, self.ahead, self.captures = size, most, ahead, 0
@@ -136,7 +139,7 @@ def _work(self: GraphEngine, tokens: int) -> dict:
     work = dict(logits=self._zeros(tokens, self.words, **fp32))
     if not self.own: return work
     shares = kernels.shares(self.words)
-    layer, d_ff = self.decoder[0], self.decoder[0].wo.weight.shape[1]
+    d_ff = self.decoder[0].wo.weight.shape[1]
     parts = [self._zeros(tokens*shares, dtype=kind)
              for kind in (torch.float32, torch.int32, torch.float32)]
     return work | dict(x=self._zeros(tokens, self.embedding.shape[1], **fp32),
@@ -276,8 +279,8 @@ _recording = threading.Lock()
 @patch
 def _fixed(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor):
     "A pass over `ids` (rows*k) at positions `at` (rows) and on"
-    fits = self.own and len(ids) <= kernels.MOST
-    (self._by_kernels if fits else self._by_torch)(b, ids, at)
+    few = len(ids)//b.rows <= kernels.LONGEST and len(ids) <= kernels.MOST
+    (self._by_kernels if self.own and few else self._by_torch)(b, ids, at)
 
 @patch
 def _read(self: GraphEngine, b: Buffers, k: int):
