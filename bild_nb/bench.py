@@ -423,7 +423,7 @@ def loops(large, small, new: int, bild: Policy, kinds: tuple) -> dict:
         pair = larges[kind], smalls[kind]
         add(f'large, {kind}', pair, Policy.large())
         add(f'BiLD, {kind}', pair, bild)
-        if kind == kinds[1]: add(f'lossless, {kind}', pair, Policy.lossless(.5))
+        if kind != 'plain': add(f'lossless, {kind}', pair, Policy.lossless(.5))
     if 'int8' in kinds:
         add('BiLD, fp32, small int8', (larges['fp32'], smalls['int8']), bild)
     return made
@@ -542,7 +542,7 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
           new: int = 64,           # most tokens of a text
           repeats: int = 3,
           device: str = 'cpu',     # or `cuda`: the engine with CUDA graphs in bf16
-          policy: Policy | str = Policy.bild(.2, 6), # of BiLD, where the pair is real
+          policy: Policy | str = Policy.bild(.3, 4), # of BiLD, where the pair is real
           kinds=None,              # backends, out of `MAKE`; None: all of the device
           attempt=None             # tries each system before the race, as of `tried`
          ) -> dict:                # what `run.json` holds

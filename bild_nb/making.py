@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Valid', 'Size', 'Hours', 'PRECISIONS', 'INSTEAD', 'OptionalTask', 'AlignLarge', 'Calibration', 'Objective',
-           'OnPolicy', 'Recipes', 'Temperature', 'called', 'loaded', 'train', 'next_steps', 'calibrate', 'value',
+           'OnPolicy', 'Recipes', 'Temperature', 'Top', 'called', 'loaded', 'train', 'next_steps', 'calibrate', 'value',
            'recipe_options', 'read_recipe', 'listened_to', 'load_listener', 'stored_half', 'align_names', 'align',
            'align_policy', 'check_learning', 'lengths', 'aligned_text']
 
@@ -234,6 +234,8 @@ OnPolicy = option(float, 'SHARE', "batches with the small model's own drafts, 0 
                   'not for sequence')
 Recipes = option(str, 'R', 'paper or epochs', 'paper for the four benchmarks')
 Temperature = option(float, 'T', 'of these drafts; 0 is greedy', '1')
+Top = option(int, 'N', "learn from the large model's N likeliest tokens of each place; "
+             'for forward, js and tv', 'all tokens', min=1)
 
 def align_names(task,           # a `Task` or None
                 calibration, pair, large, small # options
@@ -267,6 +269,7 @@ def align(
     objective: Objective = 'sequence',
     on_policy: OnPolicy = 0.,
     temperature: Temperature = None,
+    top: Top = None,
     policy: OnePolicy = None,
     recipe: Recipes = None,
     valid: Valid = None,
@@ -300,7 +303,8 @@ def align(
     where = listened_to(large, made, chosen)
     temperature = 1. if temperature is None else temperature
     rule = align_policy(asked, where, small)
-    check_learning(objective, on_policy, temperature, rule, where, kwargs['finalists'])
+    check_learning(objective, on_policy, temperature, rule, where, top,
+                   kwargs['finalists'])
     state = joined(threads, num_processes)
     pairs, left_out = load_pairs(columns, calibration, limit)
     if left_out and state.is_main_process: note(f'{calibration}: {said(left_out)}')
@@ -312,7 +316,7 @@ def align(
              license or made.get('license', 'unknown'))
     given = dict(prefix=prefix, max_source=max_source, max_target=max_target)
     result = run(model, tokenizer, pairs, out, listener, how, objective, on_policy,
-                 temperature, rule, held, examples, **lengths(given, made, chosen),
+                 temperature, top, rule, held, examples, **lengths(given, made, chosen),
                  names=names, half=stored_half(small), restart=restart)
     if not state.is_main_process: return
     data = dict(out=str(out), left_out=left_out, **result)
@@ -325,12 +329,12 @@ def align_policy(asked, large: str | None, small: str): # a `Policy`
     if asked: return asked
     return own_policy(small) if large else Policy.lossless(.6)
 
-def check_learning(objective, on_policy, temperature, policy, large, finalists):
+def check_learning(objective, on_policy, temperature, policy, large, top, finalists):
     "Refuse what cannot be learned, or would do nothing"
     from bild_nb.align import check_objective
     from bild_nb.policy import NLL
     with wrong_use('--objective'):
-        check_objective(objective, on_policy, temperature, policy, large)
+        check_objective(objective, on_policy, temperature, policy, large, top)
     runs = large and isinstance(policy.accept, NLL)
     if finalists != 1 and not runs:
         refuse_idle('they are run with the large model, at thresholds FB,RB',

@@ -22,7 +22,7 @@ from .runs import Siblings
 from .safe import SEAL, last_checkpoint, read_json, seal, whole, write_json
 from .seq2seq import adafactor
 from .trainer import Bar, BudgetTrainer
-from .objectives import OBJECTIVES, agreement, own_drafts
+from .objectives import OBJECTIVES, agreement, common, likeliest, own_drafts
 
 # %% ../nbs/23b_recipe.ipynb #17452ce6
 @dataclass(frozen=True)
@@ -79,13 +79,14 @@ class AlignTrainer(BudgetTrainer):
         objective:str='sequence', # a name in `OBJECTIVES`
         on_policy:float=0., # share of batches with the small model's own drafts
         temperature:float=1., # of these
-        max_new_tokens:int=128, # longest of these
+        top:int|None=None, # learn from so many likeliest tokens; None: from all
+        max_new_tokens:int=128, # longest of these drafts
         policy=Policy.lossless(.6), # of the agreement
         **kwargs # of `Seq2SeqTrainer`
     ):
         super().__init__(*args, **kwargs)
         self.large, self.objective, self.policy = large, objective, policy
-        self.on_policy, self.temperature = on_policy, temperature
+        self.on_policy, self.temperature, self.top = on_policy, temperature, top
         self.max_new_tokens = max_new_tokens
         self.model_accepts_loss_kwargs = False  # the loss is a mean over its batch
 
@@ -103,6 +104,7 @@ def both(self:AlignTrainer, model, batch:dict):
     if self.large is None or model.training and self.objective == 'sequence':
         return q, None, y
     with torch.no_grad(): p = self.large(**x).logits[on]
+    if model.training and self.top: p = likeliest(common(q, p)[1], self.top)
     return q, p, y
 
 # %% ../nbs/23b_recipe.ipynb #a357498a

@@ -154,7 +154,7 @@ HELP_DE_EN = Task(
     data='shipped', split='test',
     source='source', target='target', id='id', max_source=256,
     large='shipped', small={'unaligned': 'shipped/small', 'aligned': 'shipped/aligned'},
-    policies={'unaligned': ('0.2,3', '0.2,5'), 'aligned': ('0.2,4', '0.2,6')})
+    policies={'unaligned': ('0.4,2', '0.4,3'), 'aligned': ('0.3,3', '0.3,4')})
 
 TEXT = Task('text', about='texts of your own: name them with --data', split='train')
 
