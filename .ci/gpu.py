@@ -541,7 +541,7 @@ def shipped(at):
     bleu.load()
     for dtype in ("fp32", "bf16"):
         pair = load_pair(device=at.device, dtype=dtype, backend="graphs")
-        for policy in ("large", "0.2,4"): decoders[f"{policy}, {dtype}"] = BigLittleDecoder(pair.large, pair.small, policy)
+        for policy in ("large", "0.3,3"): decoders[f"{policy}, {dtype}"] = BigLittleDecoder(pair.large, pair.small, policy)
     ids = pair.encode([r["source"] for r in table], 256)
     new, rows, texts = at.pick(128, 24), [], {}
     with quiet():
