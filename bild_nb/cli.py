@@ -195,9 +195,9 @@ def show(source: str, trace, tokenizer, show_trace: bool, as_json: bool, **text)
     "Print one result at once"
     if as_json:
         more = turns(trace, tokenizer) if show_trace else {}
-        typer.echo(as_record(source, trace, **text, **more))
+        say(as_record(source, trace, **text, **more))
     else:
-        for result in text.values(): typer.echo(safe(' '.join(result.split('\n'))))
+        for result in text.values(): say(safe(' '.join(result.split('\n'))))
         if show_trace and trace: print_trace(trace, tokenizer)
     sys.stdout.flush()
 
@@ -283,11 +283,11 @@ def demo(
         table, file = run_demo(pair, systems, rows, out, lambda: bar.advance(task))
     if as_json:
         found = dict(rows=table, html=str(file), examples=examples)
-        return typer.echo(json.dumps(found))
+        return say(json.dumps(found))
     console(sys.stdout).print(terminal_table(table))
     notes = footnotes(pair, examples)
     where = f'The same with a picture and traces: {file.resolve()}'
-    typer.echo('\n'.join([*notes, where]))
+    say('\n'.join([*notes, where]))
 
 # %% ../nbs/90_cli.ipynb #92de2ca6
 Shape = 't5-large, mt5-large, ... for random weights of that shape, or'

@@ -198,7 +198,7 @@ def report(
     if format != 'latex': refuse_idle('it is for --format latex', standalone=standalone)
     text = render(load(runs), format or 'md', standalone)
     if out: out.write_text(text + '\n', encoding='utf-8')
-    else: typer.echo(text)
+    else: say(text)
 
 # %% ../nbs/88b_measuring.ipynb #2c8f644c
 Candidates = option(list[str], 'FB,RB', MORE, 'a grid')

@@ -7,7 +7,7 @@ __all__ = ['OWN_MEANING', 'app', 'Version', 'Json', 'Debug', 'Verbose', 'PairDir
            'TaskLarge', 'TaskSmall', 'Device', 'Threads', 'Dtype', 'Backend', 'ONE', 'MORE', 'OnePolicy', 'Policies',
            'TASKS', 'FROM', 'SPLIT', 'TaskName', 'Data', 'Split', 'TrainSplit', 'Config', 'SourceColumn',
            'TargetColumn', 'Limit', 'Metric', 'Splitter', 'Prefix', 'MaxSource', 'MaxTarget', 'Examples', 'Repeats',
-           'Out', 'Restart', 'Seed', 'License', 'Processes', 'safe', 'note', 'answer', 'escape_strange',
+           'Out', 'Restart', 'Seed', 'License', 'Processes', 'safe', 'say', 'note', 'answer', 'escape_strange',
            'has_all_letters', 'console', 'reason', 'guarded', 'wrong_use', 'refuse', 'refuse_idle', 'say_version',
            'about', 'option', 'flag', 'command', 'read_precision', 'model_names', 'quiet', 'open_pair', 'own_policy',
            'read_policy', 'read_task', 'task_models', 'find_device', 'open_task_pair', 'joined']
@@ -28,17 +28,21 @@ def safe(text: str) -> str:
     from bild_nb.trace import printable
     return printable(text)
 
+def say(text: str, stream=None): # None: stdout, as it is now
+    "Print a line at once"
+    print(text, file=stream or sys.stdout, flush=True)
+
 def note(text):
     "Say something on stderr, in one line"
     line = ' '.join(str(text).split())
-    typer.echo(safe(f'note: {line}'), err=True)
+    say(safe(f'note: {line}'), sys.stderr)
 
 def answer(data,         # what a program reads
            text: str,    # what a person reads
            as_json: bool # which of them
           ):
     "Print a command's result"
-    typer.echo(json.dumps(data) if as_json else safe(text))
+    say(json.dumps(data) if as_json else safe(text))
 
 # %% ../nbs/87_options.ipynb #b98cda45
 def escape_strange(*streams): # text streams; None: there is none, as in a window
@@ -79,7 +83,7 @@ def guarded(debug: bool = False): # let errors through
         except KeyboardInterrupt: raise typer.Exit(130) from None
         except Exception as e:
             if debug: raise
-            typer.echo(safe(f'error: {reason(e)}'), err=True)
+            say(safe(f'error: {reason(e)}'), sys.stderr)
             raise typer.Exit(1) from None
 
 # %% ../nbs/87_options.ipynb #2108255b
@@ -109,7 +113,7 @@ def say_version(wanted: bool):
     "Print the version and leave, if that is wanted"
     if not wanted: return
     from bild_nb import __version__
-    typer.echo(f'bild {__version__}')
+    say(f'bild {__version__}')
     raise typer.Exit()
 
 Version = Annotated[bool, typer.Option('--version', help='print the version',
