@@ -644,7 +644,8 @@ def verdict(run: dict # of `bench`, or its `run.json`
     said = (f'{known}{bild} is {ours["speed"]/best["speed"]:.2f} times '
             f'({least:.2f} to {most:.2f}) as fast as {alone}, the fastest without it')
     if least > 1: return f'Verdict: BiLD pays here: {said}.'
-    step = {p['model']: p['read_1_ms'] for p in run['passes'] if p['backend'] != 'plain'}
+    fast = [p for p in run['passes'] if p['backend'] != 'plain']
+    step = {p['model']: p['read_1_ms'] for p in fast}
     if most < 1:
         return (f'Verdict: BiLD does not pay here: {said}. A step of the small model '
                 f'takes {step["small"]/step["large"]:.2f} of one of the large: it must '

@@ -289,10 +289,11 @@ def shares_table(report: Report, task: str) -> Table:
     for kind, policy, *public in shown:
         known = [number(source.get(key), 1) for source in public
                  for key in ('fallback_pct', 'rollback_pct')]
-        cells = [system(kind, policy), thresholds(policy), *(known if published else [])]
-        rows.append(cells + our_shares(found.get((kind, policy))))
-    columns = ['system', 'fallback, rollback', *(PUBLIC_SHARES if published else [])]
-    return Table(f'{task}: fallbacks and rollbacks', columns + OUR_SHARES, rows, [COUNTED])
+        names = [system(kind, policy), thresholds(policy), *(known if published else [])]
+        rows.append(names + our_shares(found.get((kind, policy))))
+    columns = ['system', 'fallback, rollback'] + (PUBLIC_SHARES if published else [])
+    title = f'{task}: fallbacks and rollbacks'
+    return Table(title, columns + OUR_SHARES, rows, [COUNTED])
 
 # %% ../nbs/35_report.ipynb #5ea1a4d6
 BENCHMARKS = ('iwslt2017', 'wmt2014', 'xsum', 'cnndm')

@@ -125,7 +125,8 @@ table.rows th, table.rows td { padding: .35rem .6rem; text-align: right;
 table.rows td span { white-space: nowrap } table.rows th { vertical-align: bottom }
 table.rows :is(th, td):nth-child(-n+2) { text-align: left }
 @media (max-width: 48rem) { table.rows thead { display: none }
-  table.rows tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line) }
+  table.rows tr { display: block; padding: .5rem 0;
+    border-bottom: 1px solid var(--line) }
   table.rows tbody td:nth-child(n) { display: flow-root; text-align: right; border: 0;
     padding: .1rem 0 }
   table.rows td:empty:nth-child(n) { display: none }
