@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'BYTES', 'KS', 'KINDS', 'MAKE', 'RECORDED', 'shape_model', 
            'step_weights', 'bandwidth', 'memory_speed', 'backends', 'pass_row', 'pass_rows', 'Recorded', 'Place',
            'Replay', 'replayed', 'recorded', 'endless', 'Loop', 'hf', 'greedy_settings', 'static_cache', 'hf_static',
            'convert', 'ct2', 'race', 'Standing', 'standings', 'translators', 'loops', 'systems', 'cpu_name', 'hardware',
-           'bench_sources', 'quiet', 'both_passes', 'overheads', 'tried', 'bench', 'write_run', 'bench_table',
-           'bench_picture']
+           'bench_sources', 'quiet', 'both_passes', 'overheads', 'tried', 'bench', 'check_bench', 'write_run',
+           'bench_table', 'fastest', 'verdict', 'bench_picture']
 
 # %% ../nbs/14_bench.ipynb #1d5984e6
 import copy, gc, inspect, json, math, os, platform, tempfile, time, warnings
@@ -31,7 +31,7 @@ from .decoder import Decoder, Model
 from .decode import BigLittleDecoder, check_pair
 from .pair import SHIPPED, decoder_for, first_line, load_model
 from .cost import interleaved, outside, pass_times
-from .safe import replace_file, write_json
+from .safe import read_json, replace_file, write_json
 
 # %% ../nbs/14_bench.ipynb #6a722771
 def _shape(layers: int, heads: int, d_model: int, d_ff: int) -> dict:
@@ -550,6 +550,7 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
     if device not in KINDS or device == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device {device!r}: the bench runs on cpu, '
                          'and on cuda where torch finds a GPU')
+    if out: check_bench(Path(out))
     policy, kinds = as_policy(policy), kinds or KINDS[device]
     turns = recorded(trace) if trace else None
     a, tokenizer = open_model(large, 'large', device)
@@ -573,6 +574,14 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
     return run
 
 # %% ../nbs/14_bench.ipynb #e235ec51
+def check_bench(out: Path): # of `bench`
+    "A `ValueError` where something else lies, which would be written over"
+    if not out.exists(): return
+    ours = (out/'run.json').exists() and 'systems' in read_json(out/'run.json')
+    if not ours and any(out.iterdir()):
+        raise ValueError(f'{out} holds something else than a bench: name a new folder '
+                         'with --out')
+
 def write_run(out: Path, run: dict, rows: list[dict]):
     "Write a run folder"
     lines = ''.join(json.dumps(r) + '\n' for r in rows)
@@ -617,7 +626,32 @@ def bench_table(run: dict # of `bench`, or its `run.json`
     if run['outside']:
         shares = [f'{name} {share:.1%}' for name, share in run['outside'].items()]
         lines.append(f'outside the passes: {", ".join(shares)}')
-    return '\n'.join(lines + run['notes'])
+    return '\n'.join([*lines, *run['notes'], verdict(run)])
+
+# %% ../nbs/14_bench.ipynb #ca03f8c9
+def fastest(run: dict, *begin: str) -> tuple: # its name, its `Standing`
+    "The fastest system whose name begins so"
+    found = [(name, s) for name, s in run['systems'].items() if name.startswith(begin)]
+    return max(found, key=lambda x: x[1]['speed'])
+
+def verdict(run: dict # of `bench`, or its `run.json`
+           ) -> str:
+    "Whether BiLD pays here, in a sentence"
+    bild, ours = fastest(run, 'BiLD')
+    alone, best = fastest(run, 'large', 'transformers large', 'CTranslate2 large')
+    least, most = ours['least']/best['most'], ours['most']/best['least']
+    known = 'at the recorded turns, ' if run['forced'] else ''
+    said = (f'{known}{bild} is {ours["speed"]/best["speed"]:.2f} times '
+            f'({least:.2f} to {most:.2f}) as fast as {alone}, the fastest without it')
+    if least > 1: return f'Verdict: BiLD pays here: {said}.'
+    fast = [p for p in run['passes'] if p['backend'] != 'plain']
+    step = {p['model']: p['read_1_ms'] for p in fast}
+    if most < 1:
+        return (f'Verdict: BiLD does not pay here: {said}. A step of the small model '
+                f'takes {step["small"]/step["large"]:.2f} of one of the large: it must '
+                'be cheaper, or agree more often (bild align).')
+    return (f'Verdict: open: {said}. Measure longer, with --examples and --repeats, on '
+            'a quiet machine.')
 
 # %% ../nbs/14_bench.ipynb #70dc526e
 def bench_picture(run: dict, # of `bench`, or its `run.json`

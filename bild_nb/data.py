@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLANKS', 'paths', 'along', 'texts_at', 'whole', 'said', 'attempts', 'in_folder', 'offline', 'on_hub', 'on_disk',
-           'kind_of', 'sources', 'check_data_options', 'Found', 'read_texts', 'own_ids', 'read_rows']
+           'kind_of', 'sources', 'check_data_options', 'Found', 'read_texts', 'own_ids', 'id_column', 'read_rows']
 
 # %% ../nbs/29_data.ipynb #122ed28c
 import warnings
@@ -268,6 +268,7 @@ def read_texts(
     config: str | None = None,  # of these, likewise
     id: str = '',               # the column of the ids; '': `id`
     limit: int | None = None,   # the first so many rows that are whole
+    ids_needed: bool = True,    # a column that `id` names must have ids
 ) -> Found:
     "The texts of a data set; what cannot be read is a `ValueError` that names it"
     opened, origin = sources(str(data), split, config)
@@ -275,7 +276,8 @@ def read_texts(
     columns = [chosen(part, wanted) for part in parts]
     keep = np.concatenate([whole(p, texts) for p, texts in zip(parts, columns)])
     table = pa.concat_tables([pa.table(texts) for texts in columns])
-    table = table.add_column(0, 'id', own_ids(parts, id)).filter(pa.array(keep))
+    table = table.add_column(0, 'id', own_ids(parts, id, ids_needed))
+    table = table.filter(pa.array(keep))
     left_out = together(parts)
     if len(table): return Found(table.slice(0, limit), origin, left_out)
     raise ValueError(f'{origin} has no row with {" and ".join(wanted)}: '
@@ -306,19 +308,34 @@ def together(parts: list) -> dict:
 # %% ../nbs/29_data.ipynb #e659d3c3
 def own_ids(
     parts: list,
-    name: str = '', # the column; '': `id`, if it has texts
+    name: str = '',      # the column; '': `id`, if it has texts
+    needed: bool = True, # a named one
 ): # an Arrow array
-    "The data's own ids, or row numbers"
-    tables = [part.table for part in parts]
-    numbers = pa.array(np.arange(sum(map(len, tables)))).cast(pa.string())
-    if not all((name or 'id') in paths(t.schema) for t in tables): return numbers
-    columns = [along(t, name or 'id') for t in tables]
+    "The data's own ids, or row numbers; a `ValueError` where a named column has none"
+    try: return id_column(parts, name or 'id', bool(name))
+    except ValueError:
+        if name and needed: raise
+    n = sum(len(part.table) for part in parts)
+    return pa.array(np.arange(n)).cast(pa.string())
+
+def id_column(parts: list, name: str, numbers: bool) -> pa.ChunkedArray:
+    "A column as ids; a `ValueError` says why it is none"
+    for part in parts:
+        have = paths(part.table.schema)
+        if name in have: continue
+        raise ValueError(f'{part.source} has no column {name!r} for the ids; '
+                         f'its columns are {", ".join(have)}')
+    columns = [along(part.table, name) for part in parts]
+    what = f'{parts[0].source}: the column {name!r} is no id:'
     for kind in {c.type for c in columns}:
-        if not (is_texts(kind) or name and pa.types.is_integer(kind)): return numbers
+        if is_texts(kind) or numbers and pa.types.is_integer(kind): continue
+        raise ValueError(f'{what} it holds neither texts nor whole numbers')
     pieces = [piece for c in columns for piece in c.cast(pa.string()).chunks]
     ids = pa.chunked_array(pieces, pa.string())
-    unique = not ids.null_count and pc.count_distinct(ids).as_py() == len(ids)
-    return ids if unique else numbers
+    if ids.null_count: raise ValueError(f'{what} some cells are missing')
+    if pc.count_distinct(ids).as_py() < len(ids):
+        raise ValueError(f'{what} some cells are the same')
+    return ids
 
 # %% ../nbs/29_data.ipynb #31560c78
 def read_rows(

@@ -57,9 +57,11 @@ def train(
     "Train a tokenizer, a large and a small model on pairs of texts."
     task = read_task('text', data, split, config, source_column, target_column)
     from bild_nb.data import said
+    from bild_nb.runs import check_out
     from bild_nb.tasks import load_pairs
-    from bild_nb.train import pair_note, suggest, train_pair
+    from bild_nb.train import RESULT, WORK, pair_note, suggest, train_pair
     with wrong_use('--size'): suggest(0, size)
+    check_out(out, out/WORK, out/RESULT)
     state = joined(threads, num_processes)
     pairs, left_out = load_pairs(task, data, limit)
     if left_out and state.is_main_process: note(said(left_out))
@@ -125,9 +127,11 @@ def calibrate(
     if read_precision(dtype, 'auto') not in PRECISIONS:
         refuse('--dtype', f'{dtype!r}: choose from {", ".join(PRECISIONS)}')
     state = joined(threads, num_processes)
-    from bild_nb.calibrate import calibrate as run
+    from bild_nb.calibrate import RESULT, WORK, calibrate as run
     from bild_nb.data import said
+    from bild_nb.runs import check_out
     from bild_nb.tasks import load_inputs
+    check_out(out, out/WORK, out/RESULT)
     rows = load_inputs(chosen, data, limit)
     if rows.left_out and state.is_main_process: note(said(rows.left_out))
     model, tokenizer = loaded(large, 'large', device or state.device, dtype)
@@ -285,7 +289,8 @@ def align(
     **kwargs
 ):
     "Fine-tune the small model on the large model's outputs."
-    from bild_nb.align import align as run, check_tokenizer
+    from bild_nb.align import RESULT, WORK, align as run, check_tokenizer
+    from bild_nb.runs import check_out
     from bild_nb.tasks import find_task, load_pairs
     asked = read_policy(policy)
     if not on_policy:
@@ -305,6 +310,7 @@ def align(
     rule = align_policy(asked, where, small)
     check_learning(objective, on_policy, temperature, rule, where, top,
                    kwargs['finalists'])
+    check_out(out, out/WORK, out/RESULT)
     state = joined(threads, num_processes)
     pairs, left_out = load_pairs(columns, calibration, limit)
     if left_out and state.is_main_process: note(f'{calibration}: {said(left_out)}')

@@ -113,9 +113,10 @@ def load(self: Setup,
          asked: int | None = None  # processes
         ):
     "Read the data and load the models, after a look at what is cheap to look at"
-    from bild_nb.results import read_info
+    from bild_nb.results import check_place, read_info
     from bild_nb.pair import find_model
     from bild_nb.tasks import load_rows
+    check_place(out)
     if (out/'run.json').exists(): read_info(out)
     for name, which in zip(self.names, ('large', 'small')): find_model(name, which)
     first = joined(None, asked).is_main_process
@@ -183,19 +184,21 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar='RUN...', help='run folders')],
     format: option(str, 'F', 'md, html (with curves) or latex', 'md') = None,
     out: option(Path, 'F', 'file to write', 'stdout') = None,
+    standalone: flag('--standalone', 'LaTeX that compiles alone') = False,
     as_json: Json = False,
 ):
     "Tables of run folders: paper, reproduction and ours."
     from bild_nb.report import load, render
     if as_json:
         refuse_idle('give --json or one of the others, not both',
-                    format=format, out=out)
+                    format=format, out=out, standalone=standalone)
         return print_runs(runs, True)
     if format not in (None, *FORMATS):
         refuse('--format', f'{format!r}: choose from {", ".join(FORMATS)}')
-    text = render(load(runs), format or 'md')
+    if format != 'latex': refuse_idle('it is for --format latex', standalone=standalone)
+    text = render(load(runs), format or 'md', standalone)
     if out: out.write_text(text + '\n', encoding='utf-8')
-    else: typer.echo(text)
+    else: say(text)
 
 # %% ../nbs/88b_measuring.ipynb #2c8f644c
 Candidates = option(list[str], 'FB,RB', MORE, 'a grid')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUM', 'LEFT', 'as_line', 'from_line', 'read_lines', 'name_of', 'example_id', 'wrong', 'whole_examples', 'processes',
-           'Siblings', 'asked_processes', 'parent_words', 'check_processes', 'Records', 'Folder', 'json_settings']
+           'Siblings', 'asked_processes', 'parent_words', 'check_processes', 'Records', 'Folder', 'json_settings',
+           'check_out']
 
 # %% ../nbs/30_runs.ipynb #a3f50a67
 import atexit, json, os, re, shutil, threading, time, warnings, zlib
@@ -432,13 +433,20 @@ def _claim_first(self:Folder, stack:ExitStack):
     if error := self.siblings.tell(error): raise error
 
 # %% ../nbs/30_runs.ipynb #4e61914a
+def check_out(out:Path, # of a result
+              *ours:Path # one of them is there, if the command has worked here
+             ):
+    "A `ValueError` where something else lies"
+    with disk(out):
+        begun = any(path.exists() for path in ours) or not out.exists()
+        if begun or not any(out.iterdir()): return
+    raise ValueError(f'{out} is not empty and was not begun by this command: '
+                     'name a new folder')
+
 @patch
 def _claim(self:Folder)->FileLock:
     "Lock the folder and compare the settings"
-    ours = self.work.exists() or self.finished
-    if self.out.exists() and not ours and any(self.out.iterdir()):
-        raise ValueError(f'{self.out} is not empty and was not begun by this command: '
-                         'name a new folder')
+    check_out(self.out, self.work, self.result)
     held = lock(self.work/'lock', f'writing {self.out}')
     try: self._compare()
     except BaseException:

@@ -24,7 +24,7 @@ class Task:
     data: str = ''               # a hub id, a local folder or file, or `shipped`
     source: str = ''             # column path of the input; '': the first usual name
     target: str = ''             # column path of the reference, likewise
-    id: str = ''                 # column path of a unique id; '': `id`, or row numbers
+    id: str = ''                 # column path of unique ids; '': `id`, or row numbers
     config: str | None = None    # configuration of the data set
     split: str = 'validation'
     prefix: str = ''             # put before every input
@@ -278,7 +278,8 @@ def find(task: Task, data: str | None, limit: int | None, roles=('source', 'targ
     wanted = {role: getattr(task, role) for role in roles}
     where = data or task.data
     if not where: raise ValueError(f'task {task.name!r} names no data: give --data')
-    return read_texts(where, wanted, task.split, task.config, task.id, limit)
+    return read_texts(where, wanted, task.split, task.config, task.id, limit,
+                      ids_needed=not data)
 
 # %% ../nbs/31_tasks.ipynb #32cccc86
 def load_inputs(

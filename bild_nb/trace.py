@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'INLINE', 'NAMES', 'LEGEND', 'CONTROL', 'PER_TOKEN', 'printable', 'token_text', 'spans', 'summary',
-           'trace_html', 'shares']
+           'trace_html', 'total', 'shares']
 
 # %% ../nbs/03_trace.ipynb #7ebe4537
 import re
+from dataclasses import fields
 from html import escape
 from fastcore.basics import patch
 from .decode import BigLittleDecoder, Trace, Turn
@@ -96,6 +97,12 @@ def to_html(self: Trace, title: str = '') -> str:
 
 @patch
 def _repr_html_(self: Trace) -> str: return trace_html(self)
+
+# %% ../nbs/03_trace.ipynb #8822b69a
+def total(traces: list[Trace]) -> Trace: # without events
+    "The counts and times of several rows together"
+    names = [f.name for f in fields(Trace) if isinstance(f.default, (int, float))]
+    return Trace(**{name: sum(getattr(t, name) for t in traces) for name in names})
 
 # %% ../nbs/03_trace.ipynb #2d98a091
 PER_TOKEN = dict(large_passes_per_token='large_passes',
