@@ -18,7 +18,7 @@ static int omp_get_thread_num(void) { return 0; }
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 enum { WIDTH = 16, MOST = 12 }; /* floats in a vector; rows whose sums a product keeps in registers */
 #else
 enum { WIDTH = 8, MOST = 3 };
@@ -196,8 +196,16 @@ INLINE void panel32(const int R, const float *w, const float *x, const long row,
 enum { TOP = 255 };
 typedef __m512i I;
 INLINE I dot4(I acc, int32_t x, I w) {
+    /* GCC 12 keeps fewer sums in registers when this is _mm512_dpbusd_epi32 */
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(_mm512_set1_epi32(x)), "v"(w));
     return acc;
+}
+#elif defined(__AVX512BW__)
+enum { TOP = 127 };
+typedef __m512i I;
+INLINE I dot4(I acc, int32_t x, I w) {
+    I pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(x), w);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #elif defined(__AVX2__)
 enum { TOP = 127 };
@@ -319,7 +327,7 @@ static void product(const Matrix *m, const float *x, int k, float *y, int add, c
             break;
             switch (AT(b + 1) - r) {
                 CASE(1, n, 1) CASE(2, n, 1) CASE(3, n, 1)
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
                 CASE(4, n, 1) CASE(5, n, 1) /* where they are; more of them packed */
                 CASE(6, 1, 6) CASE(7, 1, 7) CASE(8, 1, 8) CASE(9, 1, 9) CASE(10, 1, 10) CASE(11, 1, 11) CASE(12, 1, 12)
 #endif
@@ -387,11 +395,13 @@ static void store(const float *x, long step, int k, int in, float *kv, long room
 enum { QUERIES = 48, KEYS = 192 }; /* whose scores are made at a time */
 
 static long whole(long n) { return (n + PANEL - 1)/PANEL*PANEL; }
+static long kv_floats(long n, int heads, int d) { return heads*whole(n)*(d + whole(d)); }
+static long block_floats(int d) { return QUERIES*(d + KEYS + whole(d)); } /* that a thread works in */
 
 /* keys and values of n rows x, `row` apart, that are `in` apart: of each head the keys in panels of 32 tokens,
    feature by feature, and the values in panels of 32 features, token by token; with zeros where none are */
 static void store_panels(const float *x, long row, long n, int heads, int d, float *kv) {
-    long room = whole(n), in = (long)heads*d, size = room*(d + whole(d));
+    long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d);
     for (long t = 0; t < room; t += PANEL) for (int head = 0; head < heads; head++)
         for (int j = 0; j < PANEL; j++) {
             float *key = kv + head*size + t*d + j, *value = kv + head*size + room*d + (t + j)*PANEL;
@@ -411,7 +421,7 @@ INLINE void soften(float *s, int n, const float *bias, const float *mask, float 
                    float *o, int d) {
     int t = 0, most = (n + WIDTH - 1)/WIDTH*WIDTH;
     V total = {0}, m = total + *top;
-    for (; t + WIDTH <= n; t += WIDTH) {
+    for (; t + WIDTH <= n; t += WIDTH) { /* whole vectors */
         V *z = (V *)(s + t);
         *z += *(const V *)(bias + t);
         if (mask) *z += *(const V *)(mask + t);
@@ -460,7 +470,19 @@ static void attend_block(const float *q, long row, int rows, const float *key, c
         for (int i = 0; i < d; i++) out[r*in + i] = o[r*wide + i]/sum[r];
 }
 
-static long block_floats(int d) { return QUERIES*(d + KEYS + whole(d)); }
+/* n tokens that all see each other: from queries, keys and values q (n, 3 in) to out (n, in), with the
+   bias of each head in a line; `slot` of `work` belong to one thread. (Not static, for tests.) */
+void attention(const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
+               float *kv, float *work, long slot, float *out, int threads) {
+    long in = (long)heads*d;
+    store_panels(q + in, 3*in, n, heads, d, kv);
+    _Pragma("omp parallel for collapse(2) num_threads(threads) if(threads > 1 && n > 8)")
+    for (int head = 0; head < heads; head++) for (long r = 0; r < n; r += QUERIES) {
+        const float *key = kv + head*kv_floats(n, 1, d), *bias = line + head*(2*far - 1) + far - 1 - r;
+        attend_block(q + 3*r*in + head*d, 3*in, n - r < QUERIES ? n - r : QUERIES, key, key + whole(n)*d, n, d,
+                     bias, mask, work + omp_get_thread_num()*slot, out + r*in + head*d, in);
+    }
+}
 
 /* ---------------------------------------- feed ---------------------------------------- */
 
@@ -528,7 +550,7 @@ static long carve(const Stack *s, long k, long keys, long words, int threads,
     TAKE(h, k*max_of(s->d, in));
     TAKE(q, 3*k*in);
     TAKE(f, rows*s->ff*(1 + s->gated));
-    TAKE(kv, s->causal ? 0 : s->heads*whole(k)*(s->dk + whole(s->dk)));
+    TAKE(kv, s->causal ? 0 : kv_floats(k, s->heads, s->dk));
     TAKE(z, words);
     TAKE(s, slot*threads);
     TAKE(rows.bytes, rows*((wide + 3)/4));
@@ -566,21 +588,16 @@ static void layers(const Stack *s, const Text *c, Work *w, int k, long start,
         const Layer *y = s->layer + l;
         norm(x, y->norm, k, d, s->eps, h);
         product(&y->qkv, h, k, q, 0, &w->rows, t);
-#define BIAS(head, at) (c->line + (head)*(2*c->far - 1) + c->far - 1 - (at))
-        if (s->causal) store(q + in, 3*in, k, in, kv, room, start);
-        else store_panels(q + in, 3*in, k, s->heads, s->dk, kv);
-        int step = s->causal ? 1 : QUERIES;
-        _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k > 8)")
-        for (int head = 0; head < s->heads; head++) for (int r = 0; r < k; r += step) {
-            long i = (long)head*s->dk, size = whole(k)*s->dk;
-            const float *from = q + 3L*r*in + i, *bias = BIAS(head, start + r);
-            float *scores = w->s + omp_get_thread_num()*w->slot, *to = h + (long)r*in + i;
-            if (s->causal)
-                attend(from, kv + i*WIDTH, kv + room*in + i, in, start + r + 1, s->dk, bias, 0, scores, to);
-            else {
-                const float *key = kv + head*whole(k)*(s->dk + whole(s->dk));
-                attend_block(from, 3*in, k - r < QUERIES ? k - r : QUERIES, key, key + size, k,
-                             s->dk, bias, c->mask, scores, to, in);
+        if (!s->causal) attention(q, k, s->heads, s->dk, c->line, c->far, c->mask, kv, w->s, w->slot, h, t);
+        else {
+            store(q + in, 3*in, k, in, kv, room, start);
+            _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k > 8)")
+            for (int r = 0; r < k; r++) for (int head = 0; head < s->heads; head++) {
+                long at = start + r, i = (long)head*s->dk;
+                const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
+                float *scores = w->s + omp_get_thread_num()*w->slot;
+                attend(q + 3L*r*in + i, kv + i*WIDTH, kv + room*in + i, in, at + 1, s->dk,
+                       bias, 0, scores, h + (long)r*in + i);
             }
         }
         product(&y->o, h, k, x, 1, &w->rows, t);
@@ -624,7 +641,7 @@ static int embed(const Stack *s, int k, const int64_t *tokens, float *x) {
 static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t *tokens) {
     if (!c->line || !tokens || c->far < k || prepare(s, c, k, k, w)) return BAD_SIZE;
     if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
-    layers(s, c, w, k, 0, w->kv, (k + WIDTH - 1)/WIDTH*WIDTH);
+    layers(s, c, w, k, 0, w->kv, 0);
     norm(w->x, s->norm, k, s->d, s->eps, w->x);
     return DONE;
 }

@@ -180,6 +180,7 @@ def typed(lib):
     p, i, n = _pointer, _int, _long
     functions = dict(struct_size=[i], int8_top=[], large_pages=[p, n],
                      multiply=[p, p, i, p, p, p, i],
+                     attention=[p, n, i, i, p, n, p, p, p, n, p, i],
                      scratch=[p, p, n, n, n, n, i], read_source=[p, p, p, p, n, p, p],
                      decode=[p, p, n, p, n, n, p],
                      verify=[p, p, n, p, n, n, p, _float, i, p, p, p, p],
@@ -373,6 +374,7 @@ class NativeCache(Cache):
 
 # %% ../nbs/11_native.ipynb #046defbc
 @patch
+@torch.inference_mode(False) # what is lent again may be written in any mode
 def _lend(self: NativeEngine,
           kind: str, # what the memory is for
           n: int     # floats
@@ -381,8 +383,9 @@ def _lend(self: NativeEngine,
     base = self.spare.pop(kind, None)
     if base is None or not n <= len(base) <= 8*n: base = space(4*n).view(torch.float32)
     lent = base[:n]
-    back = weakref.finalize(lent, self.spare.__setitem__, kind, base)
-    back.atexit = False
+    if lent.data_ptr():  # a pretended tensor has no memory
+        back = weakref.finalize(lent, self.spare.__setitem__, kind, base)
+        back.atexit = False
     return lent
 
 # %% ../nbs/11_native.ipynb #4029f75e
