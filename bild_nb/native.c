@@ -2,9 +2,11 @@
 
 /* --------------------------------------- types --------------------------------------- */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -14,14 +16,14 @@ int omp_get_thread_num(void);
 static int omp_get_thread_num(void) { return 0; }
 #endif
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
-#ifdef __AVX512F__
-enum { WIDTH = 16, MOST = 8 }; /* floats in a vector; rows whose sums a product keeps in registers */
+#ifdef __AVX512BW__
+enum { WIDTH = 16, MOST = 12 }; /* floats in a vector; rows whose sums a product keeps in registers */
 #else
 enum { WIDTH = 8, MOST = 3 };
 #endif
-enum { PANEL = 32, PARTS = PANEL/WIDTH, ROWS = 32 };
+enum { PANEL = 32, PARTS = PANEL/WIDTH, FEW = 5, ROWS = 192 };
 typedef float V __attribute__((vector_size(WIDTH*4), aligned(4))); /* unaligned loads */
 typedef int32_t VI __attribute__((vector_size(WIDTH*4), aligned(4)));
 
@@ -69,6 +71,13 @@ long struct_size(int which) {
     }
 }
 
+/* asks for large pages: then a pass over many megabytes of weights looks few of them up */
+void large_pages(void *at, long bytes) {
+#ifdef MADV_HUGEPAGE
+    madvise(at, bytes, MADV_HUGEPAGE);
+#endif
+}
+
 /* --------------------------------------- parts --------------------------------------- */
 
 INLINE float fast_exp(float x) {
@@ -83,6 +92,15 @@ INLINE float fast_exp(float x) {
 INLINE V larger(V a, V b) {
     VI up = a > b;
     return (V)((up & (VI)a) | (~up & (VI)b));
+}
+
+INLINE V exps(V x) { /* fast_exp of numbers that are at most 0 */
+    x = larger((V){0} - 87.f, x); /* NaN stays NaN */
+    V at = x*1.44269504f + 12582912.f; /* 1.5*2^23: here whole numbers are 1 apart, so this rounds */
+    V n = at - 12582912.f, r = x - n*.693359375f + n*2.12194440e-4f;
+    V p = 1.f + r + r*r*(.5f + r*(.166666655f + r*(.0416657962f + r*(8.33345205e-3f + r*1.39819994e-3f))));
+    VI two = ((VI)at << 23) + (127 << 23); /* the last bits of `at` are n */
+    return p*(V)two;
 }
 
 INLINE float fold(V v) { /* the largest of a vector */
@@ -116,20 +134,12 @@ static float largest(const float *x, int n, float sign) { /* of sign*x */
 }
 
 static float exp_sum(const float *z, int n, float top) {
-    float e[WIDTH], sum;
+    float sum;
     V total = {0};
     int i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) {
-        for (int j = 0; j < WIDTH; j++) e[j] = fast_exp(z[i + j] - top);
-        total += *(V *)e;
-    }
+    for (; i + WIDTH <= n; i += WIDTH) total += exps(*(const V *)(z + i) - top);
     for (sum = add(total); i < n; i++) sum += fast_exp(z[i] - top);
     return sum;
-}
-
-static void put(const float *a, float *to, int cols, int add) {
-    if (add) for (int c = 0; c < cols; c++) to[c] += a[c];
-    else memcpy(to, a, cols*sizeof(float));
 }
 
 static void norm(const float *x, const float *w, int k, int d, float eps, float *y) {
@@ -147,24 +157,37 @@ static void norm(const float *x, const float *w, int k, int d, float eps, float 
 /* ---------------------------------------- fp32 ---------------------------------------- */
 
 #define FETCH(at) __builtin_prefetch((const char *)v + (at), 0, 2); /* into the second cache */
-#define AHEAD if (R > 5) { FETCH(16384) FETCH(16448) }
+#define AHEAD if (R > FEW) { FETCH(16384) FETCH(16448) }
 
-INLINE void panel32(const int R, const float *w, const float *x, int in,
-                    float *y, int out, int cols, int add) {
+/* What comes out of a panel, for `rows` rows of which `cols` outputs count. (It is a function of its own:
+   inlined, it makes GCC keep fewer of the sums in registers.) */
+static __attribute__((noinline)) void put(const V *sums, int rows, float *y, long out, int cols, int add) {
+    for (int r = 0; r < rows; r++, sums += PARTS, y += out)
+        if (cols == PANEL) UNROLL for (int p = 0; p < PARTS; p++) {
+            V *to = (V *)y + p;
+            *to = add ? *to + sums[p] : sums[p];
+        } else {
+            float a[PANEL];
+            memcpy(a, sums, sizeof a);
+            for (int c = 0; c < cols; c++) y[c] = add ? y[c] + a[c] : a[c];
+        }
+}
+
+/* y (R, cols) = or += x (R, in) times a panel; x has its rows `row` apart and its inputs `next` */
+INLINE void panel32(const int R, const float *w, const float *x, const long row, const long next, int in,
+                    float *y, long out, int cols, int add) {
     V acc[MOST][PARTS];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = (V){0};
-    for (int i = 0; i < in; i++) { /* fp32 */
+    for (int i = 0; i < in; i++, x += next) { /* fp32 */
         const V *v = (const V *)(w + (long)i*PANEL);
         AHEAD
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] += v[p]*x[(long)r*in + i];
+            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] += v[p]*x[r*row];
     }
-    UNROLL for (int r = 0; r < R; r++) {
-        float a[PANEL];
-        memcpy(a, acc[r], sizeof a);
-        put(a, y + (long)r*out, cols, add);
-    }
+    V sums[MOST*PARTS];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r*PARTS + p] = acc[r][p];
+    put(sums, R, y, out, cols, add);
 }
 
 /* ---------------------------------------- int8 ---------------------------------------- */
@@ -173,7 +196,16 @@ INLINE void panel32(const int R, const float *w, const float *x, int in,
 enum { TOP = 255 };
 typedef __m512i I;
 INLINE I dot4(I acc, int32_t x, I w) {
-    return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(x), w);
+    /* GCC 12 keeps fewer sums in registers when this is _mm512_dpbusd_epi32 */
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(_mm512_set1_epi32(x)), "v"(w));
+    return acc;
+}
+#elif defined(__AVX512BW__)
+enum { TOP = 127 };
+typedef __m512i I;
+INLINE I dot4(I acc, int32_t x, I w) {
+    I pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(x), w);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #elif defined(__AVX2__)
 enum { TOP = 127 };
@@ -184,20 +216,32 @@ INLINE I dot4(I acc, int32_t x, I w) {
 }
 #else
 enum { TOP = 0 }; /* no int8 here */
-typedef struct { char c[16]; } I;
+typedef VI I;
 INLINE I dot4(I acc, int32_t x, I w) { return acc; }
 #endif
 typedef I In __attribute__((aligned(1))); /* in memory: loads are unaligned */
+typedef int32_t Word __attribute__((may_alias)); /* four bytes of whatever */
 int int8_top(void) { return TOP; }
 
 static int fours(int in) { return (in + 3)/4; } /* groups of four inputs */
 
 static void quantize(const float *x, int n, uint8_t *restrict q, float *step, int32_t *zero) {
-    float hi = largest(x, n, 1), lo = -largest(x, n, -1);
-    int bad = 0;
-    hi = hi > 0 ? hi : 0;
-    lo = lo < 0 ? lo : 0;
-    for (int i = 0; i < n; i++) bad |= x[i] != x[i];
+    V most = {0}, least = {0}; /* of 0 and all x */
+    VI nan = {0};
+    int i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        V v = *(const V *)(x + i);
+        most = larger(v, most);
+        least = larger(-v, least);
+        nan |= v != v;
+    }
+    float hi = fold(most), lo = -fold(least);
+    int bad = !!add((V)(nan & (VI)((V){0} + 1.f)));
+    for (; i < n; i++) {
+        hi = x[i] > hi ? x[i] : hi;
+        lo = x[i] < lo ? x[i] : lo;
+        bad |= x[i] != x[i];
+    }
     bad |= !(hi - lo < INFINITY);
     float s = !bad && hi > lo ? (hi - lo)/(TOP + !TOP) : 1, by = 1/s;
     int z = bad ? 0 : (int)(-lo*by + .5f);
@@ -212,62 +256,80 @@ static void quantize(const float *x, int n, uint8_t *restrict q, float *step, in
 
 /* --------------------------------------- panel8 --------------------------------------- */
 
-enum { FOURS = PANEL*4/sizeof(I) };
+/* from sums of int8 to numbers, as `put` */
+static __attribute__((noinline)) void put8(const VI *sums, int rows, const Matrix *m, int first, const float *step,
+                                           const int32_t *zero, float *y, int cols, int add) {
+    const V *scale = (const V *)(m->scale + first);
+    const VI *all = (const VI *)(m->sums + first);
+    V x[MOST*PARTS];
+    for (int r = 0; r < rows; r++) UNROLL for (int p = 0; p < PARTS; p++)
+        x[r*PARTS + p] = __builtin_convertvector(sums[r*PARTS + p] - zero[r]*all[p], V)*(step[r]*scale[p]);
+    put(x, rows, y, m->out, cols, add);
+}
 
-INLINE void panel8(const int R, const Matrix *m, int first, const uint8_t *x, const float *step,
-                   const int32_t *zero, float *y, int cols, int add) {
+/* as panel32, of rows in int8: x is counted in groups of four inputs */
+INLINE void panel8(const int R, const Matrix *m, int first, const Word *x, const long row, const long next,
+                   const float *step, const int32_t *zero, float *y, int cols, int add) {
     int groups = fours(m->in);
     const int8_t *w = (const int8_t *)m->w + (long)first*groups*4;
-    I acc[MOST][FOURS];
+    I acc[MOST][PARTS];
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int p = 0; p < FOURS; p++) acc[r][p] = (I){0};
-    for (int i = 0; i < groups; i++) {
+        UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = (I){0};
+    for (int i = 0; i < groups; i++, x += next) {
         const In *v = (const In *)(w + (long)i*PANEL*4);
         AHEAD
-        UNROLL for (int r = 0; r < R; r++) {
-            int32_t four;
-            memcpy(&four, x + ((long)r*groups + i)*4, 4);
-            UNROLL for (int p = 0; p < FOURS; p++) acc[r][p] = dot4(acc[r][p], four, v[p]);
-        }
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], x[r*row], v[p]);
     }
-    UNROLL for (int r = 0; r < R; r++) {
-        int32_t a[PANEL];
-        float sum[PANEL];
-        memcpy(a, acc[r], sizeof a);
-        for (int c = 0; c < PANEL; c++)
-            sum[c] = (a[c] - zero[r]*m->sums[first + c])*(step[r]*m->scale[first + c]);
-        put(sum, y + (long)r*m->out, cols, add);
-    }
+    VI sums[MOST*PARTS];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r*PARTS + p] = (VI)acc[r][p];
+    put8(sums, R, m, first, step, zero, y, cols, add);
 }
 
 /* -------------------------------------- product -------------------------------------- */
 
-/* y (k, out) = or += x (k, in) w'; `q` has room for ROWS rows of whole groups of four */
-static void product(const Matrix *m, const float *x, int k, float *y, int add,
-                    uint8_t *q, int threads) {
-    int panels = (m->out + PANEL - 1)/PANEL, bytes = fours(m->in)*4;
+typedef struct { /* for the rows of a product, at most ROWS at a time */
+    Word *bytes; /* in int8, groups of four inputs */
+    Word *sides; /* in the order in which the panels read many of them, as words of four bytes */
+} Rows;
+
+/* rows of n words side by side: the first word of each, then the second of each */
+static void pack(const Word *x, int rows, int n, Word *to) {
+    for (int r = 0; r < rows; r++, x += n)
+        for (int i = 0; i < n; i++) to[(long)i*rows + r] = x[i];
+}
+
+/* y (k, out) = or += x (k, in) w' */
+static void product(const Matrix *m, const float *x, int k, float *y, int add, const Rows *w, int threads) {
+    int panels = (m->out + PANEL - 1)/PANEL, n = m->scale ? fours(m->in) : m->in; /* words of a row */
     float step[ROWS];
     int32_t zero[ROWS];
     for (; k > 0; k -= ROWS, x += (long)ROWS*m->in, y += (long)ROWS*m->out) {
-        int rows = k < ROWS ? k : ROWS;
+        int rows = k < ROWS ? k : ROWS, blocks = (rows + MOST - 1)/MOST, packed = MOST > FEW && rows > FEW;
+        const Word *words = m->scale ? w->bytes : (const Word *)x, *from = packed ? w->sides : words;
         if (m->scale)
             for (int r = 0; r < rows; r++)
-                quantize(x + (long)r*m->in, m->in, q + (long)r*bytes, step + r, zero + r);
+                quantize(x + (long)r*m->in, m->in, (uint8_t *)(w->bytes + (long)r*n), step + r, zero + r);
+#define AT(b) ((b)*rows/blocks) /* where block b of the rows begins: they differ by one row at most */
+        if (packed)
+            for (int b = 0; b < blocks; b++)
+                pack(words + (long)AT(b)*n, AT(b + 1) - AT(b), n, w->sides + (long)AT(b)*n);
         int share = threads > 1 && (long)m->out*m->in >= 1 << 18;
         _Pragma("omp parallel for num_threads(threads) if(share)")
-        for (int p = 0; p < panels; p++) for (int r = 0; r < rows; r += MOST) {
-            int first = p*PANEL, cols = m->out - first < PANEL ? m->out - first : PANEL;
-            const float *w = (const float *)m->w + (long)first*m->in, *from = x + (long)r*m->in;
-            const uint8_t *from8 = q + (long)r*bytes;
+        for (int p = 0; p < panels; p++) for (int b = 0; b < blocks; b++) {
+            int first = p*PANEL, cols = m->out - first < PANEL ? m->out - first : PANEL, r = AT(b);
+            const float *panel = (const float *)m->w + (long)first*m->in;
+            const Word *at = from + (long)r*n;
             float *to = y + (long)r*m->out + first;
-#define CASE(R) case R: \
-            if (m->scale) panel8(R, m, first, from8, step + r, zero + r, to, cols, add); \
-            else panel32(R, w, from, m->in, to, m->out, cols, add); \
+#define CASE(R, ROW, NEXT) case R: \
+            if (m->scale) panel8(R, m, first, at, ROW, NEXT, step + r, zero + r, to, cols, add); \
+            else panel32(R, panel, (const float *)at, ROW, NEXT, n, to, m->out, cols, add); \
             break;
-            switch (rows - r < MOST ? rows - r : MOST) {
-                CASE(1) CASE(2) CASE(3)
-#ifdef __AVX512F__
-                CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+            switch (AT(b + 1) - r) {
+                CASE(1, n, 1) CASE(2, n, 1) CASE(3, n, 1)
+#ifdef __AVX512BW__
+                CASE(4, n, 1) CASE(5, n, 1) /* where they are; more of them packed */
+                CASE(6, 1, 6) CASE(7, 1, 7) CASE(8, 1, 8) CASE(9, 1, 9) CASE(10, 1, 10) CASE(11, 1, 11) CASE(12, 1, 12)
 #endif
             }
         }
@@ -275,11 +337,13 @@ static void product(const Matrix *m, const float *x, int k, float *y, int add,
 }
 
 /* for tests */
-void multiply(const Matrix *m, const float *x, int k, float *y, uint8_t *q, int threads) {
-    product(m, x, k, y, 0, q, threads);
+void multiply(const Matrix *m, const float *x, int k, float *y, Word *bytes, Word *sides, int threads) {
+    product(m, x, k, y, 0, &(Rows){ bytes, sides }, threads);
 }
 
 /* ------------------------------------- attention ------------------------------------- */
+
+/* One row after the other: a decoder's, whose result must be the same however many come at once. */
 
 enum { SMALL = 64 }; /* heads up to this width are summed on the stack */
 
@@ -299,10 +363,7 @@ INLINE void attend_(const float *q, const float *key, const float *value, long w
     if (mask) for (long t = 0; t < n; t++) s[t] += mask[t];
     for (long t = n; t < most; t++) s[t] = -INFINITY;
     top = largest(s, most, 1);
-    for (long t = 0; t < most; t += WIDTH) {
-        for (int j = 0; j < WIDTH; j++) s[t + j] = fast_exp(s[t + j] - top);
-        total += *(V *)(s + t);
-    }
+    for (long t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - top);
     sum = add(total);
     for (int i = 0; i < d; i++) o[i] = 0;
     for (long t = 0; t < n; t++)
@@ -324,6 +385,102 @@ static void store(const float *x, long step, int k, int in, float *kv, long room
         float *key = kv + at/WIDTH*WIDTH*in + at % WIDTH;
         for (int i = 0; i < in; i++) key[i*WIDTH] = x[i];
         memcpy(kv + (room + at)*in, x + in, in*sizeof(float));
+    }
+}
+
+/* --------------------------------------- blocks --------------------------------------- */
+
+/* Many rows at once: an encoder's. Keys and values of a head lie in panels as weights do. */
+
+enum { QUERIES = 48, KEYS = 192 }; /* whose scores are made at a time */
+
+static long whole(long n) { return (n + PANEL - 1)/PANEL*PANEL; }
+static long kv_floats(long n, int heads, int d) { return heads*whole(n)*(d + whole(d)); }
+static long block_floats(int d) { return QUERIES*(d + KEYS + whole(d)); } /* that a thread works in */
+
+/* keys and values of n rows x, `row` apart, that are `in` apart: of each head the keys in panels of 32 tokens,
+   feature by feature, and the values in panels of 32 features, token by token; with zeros where none are */
+static void store_panels(const float *x, long row, long n, int heads, int d, float *kv) {
+    long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d);
+    for (long t = 0; t < room; t += PANEL) for (int head = 0; head < heads; head++)
+        for (int j = 0; j < PANEL; j++) {
+            float *key = kv + head*size + t*d + j, *value = kv + head*size + room*d + (t + j)*PANEL;
+            const float *from = x + (t + j)*row + (long)head*d;
+            for (int i = 0; i < d; i++) key[i*PANEL] = t + j < n ? from[i] : 0;
+            for (int p = 0; p < d; p += PANEL, value += room*PANEL) {
+                int have = t + j >= n ? 0 : d - p < PANEL ? d - p : PANEL;
+                memcpy(value, from + in + p, have*sizeof(float));
+                memset(value + have, 0, (PANEL - have)*sizeof(float));
+            }
+        }
+}
+
+/* scores s of n keys to exp(s - top), where `top` is the largest that was met; what was summed up
+   before, `sum` and o (d), is brought down to the new top */
+INLINE void soften(float *s, int n, const float *bias, const float *mask, float *top, float *sum,
+                   float *o, int d) {
+    int t = 0, most = (n + WIDTH - 1)/WIDTH*WIDTH;
+    V total = {0}, m = total + *top;
+    for (; t + WIDTH <= n; t += WIDTH) { /* whole vectors */
+        V *z = (V *)(s + t);
+        *z += *(const V *)(bias + t);
+        if (mask) *z += *(const V *)(mask + t);
+        m = larger(*z, m);
+    }
+    float now = fold(m);
+    for (; t < n; t++) {
+        s[t] += bias[t];
+        if (mask) s[t] += mask[t];
+        now = s[t] > now ? s[t] : now;
+    }
+    for (; t < most; t++) s[t] = -INFINITY;
+    for (t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - now);
+    if (now != *top) {
+        float down = fast_exp(*top - now);
+        *sum *= down;
+        for (int i = 0; i < d; i++) o[i] *= down;
+    }
+    *sum += add(total);
+    *top = now;
+}
+
+/* one head of at most QUERIES rows q, `row` apart, over all n keys; `bias` is the first row's, and
+   `work` has room for block_floats */
+static void attend_block(const float *q, long row, int rows, const float *key, const float *value, long n,
+                         int d, const float *bias, const float *mask, float *work, float *out, long in) {
+    long room = whole(n), wide = whole(d);
+    float *packed = work, *s = packed + QUERIES*d, *o = s + QUERIES*KEYS, top[QUERIES], sum[QUERIES];
+    for (int r = 0; r < QUERIES; r++) { /* in groups of MOST; rows that are none are zeros */
+        float *to = packed + r/MOST*MOST*d + r % MOST;
+        for (int i = 0; i < d; i++) to[i*MOST] = r < rows ? q[r*row + i] : 0;
+        top[r] = -FLT_MAX;
+        sum[r] = 0;
+    }
+    memset(o, 0, QUERIES*wide*sizeof(float));
+    for (long t = 0; t < n; t += KEYS) {
+        int keys = n - t < KEYS ? n - t : KEYS;
+        for (int c = 0; c < keys; c += PANEL) for (int r = 0; r < rows; r += MOST)
+            panel32(MOST, key + (t + c)*d, packed + r*d, 1, MOST, d, s + r*KEYS + c, KEYS, PANEL, 0);
+        for (int r = 0; r < rows; r++)
+            soften(s + r*KEYS, keys, bias - r + t, mask ? mask + t : 0, top + r, sum + r, o + r*wide, wide);
+        for (int c = 0; c < wide; c += PANEL) for (int r = 0; r < rows; r += MOST)
+            panel32(MOST, value + c*room + t*PANEL, s + r*KEYS, KEYS, 1, keys, o + r*wide + c, wide, PANEL, 1);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < d; i++) out[r*in + i] = o[r*wide + i]/sum[r];
+}
+
+/* n tokens that all see each other: from queries, keys and values q (n, 3 in) to out (n, in), with the
+   bias of each head in a line; `slot` of `work` belong to one thread. (Not static, for tests.) */
+void attention(const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
+               float *kv, float *work, long slot, float *out, int threads) {
+    long in = (long)heads*d;
+    store_panels(q + in, 3*in, n, heads, d, kv);
+    _Pragma("omp parallel for collapse(2) num_threads(threads) if(threads > 1 && n > 8)")
+    for (int head = 0; head < heads; head++) for (long r = 0; r < n; r += QUERIES) {
+        const float *key = kv + head*kv_floats(n, 1, d), *bias = line + head*(2*far - 1) + far - 1 - r;
+        attend_block(q + 3*r*in + head*d, 3*in, n - r < QUERIES ? n - r : QUERIES, key, key + whole(n)*d, n, d,
+                     bias, mask, work + omp_get_thread_num()*slot, out + r*in + head*d, in);
     }
 }
 
@@ -360,8 +517,8 @@ typedef struct {
     float *x, *h, *q, *f; /* rows: the sum that goes through the layers, and what they make of it */
     float *kv;            /* keys and values of an encoder's layer */
     float *z;             /* logits of one row */
-    float *s; long slot;  /* scores of one head, for each thread */
-    uint8_t *bytes;       /* rows in int8 */
+    float *s; long slot;  /* scores, for each thread */
+    Rows rows;
 } Work;
 
 #ifdef __SANITIZE_ADDRESS__ /* pieces lie apart, and what lies between them is forbidden */
@@ -379,7 +536,9 @@ static long max_of(long a, long b) { return a > b ? a : b; }
 static long carve(const Stack *s, long k, long keys, long words, int threads,
                   float *memory, Work *w) {
     long used = 0, in = (long)s->heads*s->dk, wide = max_of(max_of(s->d, in), s->ff);
+    long rows = k < ROWS ? k : ROWS; /* that a product, and the feed-forward part, take at a time */
     long slot = (keys + 15)/16*16 + (s->dk > SMALL ? (s->dk + 15)/16*16 : 0);
+    if (!s->causal) slot = (block_floats(s->dk) + 15)/16*16;
 #define TAKE(name, n) do { \
         long have = used, take = ((n) + 15)/16*16; \
         used += take + GAP; \
@@ -390,11 +549,12 @@ static long carve(const Stack *s, long k, long keys, long words, int threads,
     TAKE(x, k*s->d);
     TAKE(h, k*max_of(s->d, in));
     TAKE(q, 3*k*in);
-    TAKE(f, k*s->ff*(1 + s->gated));
-    TAKE(kv, s->causal ? 0 : 2*in*((k + WIDTH - 1)/WIDTH*WIDTH));
+    TAKE(f, rows*s->ff*(1 + s->gated));
+    TAKE(kv, s->causal ? 0 : kv_floats(k, s->heads, s->dk));
     TAKE(z, words);
     TAKE(s, slot*threads);
-    TAKE(bytes, ROWS*((wide + 3)/4));
+    TAKE(rows.bytes, rows*((wide + 3)/4));
+    TAKE(rows.sides, rows*wide);
     if (memory) w->slot = slot;
     return used;
 }
@@ -427,30 +587,36 @@ static void layers(const Stack *s, const Text *c, Work *w, int k, long start,
     for (int l = 0; l < s->layers; l++, kv += s->causal ? 2*room*in : 0) {
         const Layer *y = s->layer + l;
         norm(x, y->norm, k, d, s->eps, h);
-        product(&y->qkv, h, k, q, 0, w->bytes, t);
-        store(q + in, 3*in, k, in, kv, room, start);
-        _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k > 8)")
-        for (int r = 0; r < k; r++) for (int head = 0; head < s->heads; head++) {
-            long at = start + r, n = s->causal ? at + 1 : k, i = (long)head*s->dk;
-            const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
-            float *scores = w->s + omp_get_thread_num()*w->slot;
-            attend(q + 3L*r*in + i, kv + i*WIDTH, kv + room*in + i, in, n, s->dk,
-                   bias, s->causal ? 0 : c->mask, scores, h + (long)r*in + i);
+        product(&y->qkv, h, k, q, 0, &w->rows, t);
+        if (!s->causal) attention(q, k, s->heads, s->dk, c->line, c->far, c->mask, kv, w->s, w->slot, h, t);
+        else {
+            store(q + in, 3*in, k, in, kv, room, start);
+            _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k > 8)")
+            for (int r = 0; r < k; r++) for (int head = 0; head < s->heads; head++) {
+                long at = start + r, i = (long)head*s->dk;
+                const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
+                float *scores = w->s + omp_get_thread_num()*w->slot;
+                attend(q + 3L*r*in + i, kv + i*WIDTH, kv + room*in + i, in, at + 1, s->dk,
+                       bias, 0, scores, h + (long)r*in + i);
+            }
         }
-        product(&y->o, h, k, x, 1, w->bytes, t);
+        product(&y->o, h, k, x, 1, &w->rows, t);
         if (s->causal) {
             const float *source = c->cross + l*2*c->source*in;
             norm(x, y->cross_norm, k, d, s->eps, h);
-            product(&y->cross_q, h, k, q, 0, w->bytes, t);
+            product(&y->cross_q, h, k, q, 0, &w->rows, t);
             for (int r = 0; r < k; r++) for (int i = 0; i < in; i += s->dk)
                 attend(q + (long)r*in + i, source + i*WIDTH, source + c->source*in + i, in, c->n, s->dk,
                        0, c->mask, w->s, h + (long)r*in + i);
-            product(&y->cross_o, h, k, x, 1, w->bytes, t);
+            product(&y->cross_o, h, k, x, 1, &w->rows, t);
         }
-        norm(x, y->feed_norm, k, d, s->eps, h);
-        product(&y->wi, h, k, f, 0, w->bytes, t);
-        activate(s, k, f);
-        product(&y->wo, f, k, x, 1, w->bytes, t);
+        for (int r = 0; r < k; r += ROWS) { /* so that what is between its products stays in a cache */
+            int rows = k - r < ROWS ? k - r : ROWS;
+            norm(x + (long)r*d, y->feed_norm, rows, d, s->eps, h);
+            product(&y->wi, h, rows, f, 0, &w->rows, t);
+            activate(s, rows, f);
+            product(&y->wo, f, rows, x + (long)r*d, 1, &w->rows, t);
+        }
     }
 }
 
@@ -475,7 +641,7 @@ static int embed(const Stack *s, int k, const int64_t *tokens, float *x) {
 static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t *tokens) {
     if (!c->line || !tokens || c->far < k || prepare(s, c, k, k, w)) return BAD_SIZE;
     if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
-    layers(s, c, w, k, 0, w->kv, (k + WIDTH - 1)/WIDTH*WIDTH);
+    layers(s, c, w, k, 0, w->kv, 0);
     norm(w->x, s->norm, k, s->d, s->eps, w->x);
     return DONE;
 }
@@ -487,7 +653,7 @@ static int cross(const Stack *s, const Text *c, const float *x) {
     if (!x || !c->cross || c->source < c->n || c->source % WIDTH) return BAD_SIZE;
     if (prepare(s, c, c->n, c->n, &w)) return BAD_SIZE;
     for (int l = 0; l < s->layers; l++) {
-        product(&s->layer[l].cross_kv, x, c->n, w.q, 0, w.bytes, c->threads);
+        product(&s->layer[l].cross_kv, x, c->n, w.q, 0, &w.rows, c->threads);
         store(w.q, 2*in, c->n, in, c->cross + l*2*c->source*in, c->source, 0);
     }
     return DONE;
@@ -518,7 +684,7 @@ static int pass(const Stack *s, const Text *c, Work *w, int k, const int64_t *to
     if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
     layers(s, c, w, k, at, c->kv, c->room);
     norm(w->x + (long)(k - last)*s->d, s->norm, last, s->d, s->eps, w->h);
-    product(&head, w->h, last, z, 0, w->bytes, c->threads);
+    product(&head, w->h, last, z, 0, &w->rows, c->threads);
     for (int r = 0; r < last; r++)
         for (int i = 0; i < c->nevers; i++) z[(long)r*c->vocab + c->never[i]] = -INFINITY;
     return DONE;
