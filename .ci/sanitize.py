@@ -4,12 +4,16 @@ os.environ.pop("LD_PRELOAD")  # for this process only, not for the compiler that
 import torch
 from concurrent.futures import ThreadPoolExecutor
 from transformers import T5ForConditionalGeneration
+from bild_nb import native
 from bild_nb.native import NativeEngine, library
 from bild_nb.policy import Fixed, Policy
 from bild_nb.testing import random_t5
 
 quick, rng = "quick" in sys.argv, random.Random(0)
 cases = 0
+# each piece of memory for itself, as long as was asked for: a step across its end is found
+native.CHUNK, native.space = 0, lambda size: torch.empty(size, dtype=torch.uint8)
+NativeEngine._lend = lambda self, kind, n: torch.empty(n)
 
 
 def row(n, vocab=40):
@@ -53,11 +57,17 @@ for model in shapes():
     for int8 in (False, True)[:1 + bool(library().int8_top())]:
         d = NativeEngine(model, int8=int8)
         for d.shares in (False, True):  # one thread, two threads
-            for n in (3,) if quick else (1, 2, 15, 16, 17, 31, 300):
+            for n in (3,) if quick else (1, 2, 15, 16, 17, 31, 193, 300, 577, 1100):
                 text(d, row(n, vocab), row(rng.choice([2, 15, 33, 70]), vocab))
                 cases += 1
 
 if not quick:
+    model = random_t5(6, layers=1, decoder_layers=1)
+    for int8 in (False, True)[:1 + bool(library().int8_top())]:
+        d = NativeEngine(model, int8=int8)
+        for n in (*range(1, 100), *range(100, 1101, 13)):  # every rest of a tile of queries, of keys, of rows
+            d.forward(d.open(row(n)), row(3), [0])
+            cases += 1
     with ThreadPoolExecutor(4) as pool: list(pool.map(lambda n: text(d, row(n), row(20)), range(1, 9)))
     from bild_nb.decode import BigLittleDecoder
     pair = [NativeEngine(T5ForConditionalGeneration.from_pretrained(f"nbs/golden/pair0/{w}").eval()) for w in ("large", "small")]
