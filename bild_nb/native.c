@@ -60,6 +60,19 @@ typedef struct { /* what belongs to one text */
     int threads;
 } Text;
 
+typedef struct { /* a text's part of a pass */
+    const Text *text;
+    const int64_t *tokens; long k, at; /* k tokens, the first at position `at` */
+    long last, more;                   /* positions whose logits are wanted; tokens that come in later passes */
+} Part;
+
+typedef struct { /* a draft: it begins with a part, and ends for one of the reasons below */
+    Part part;
+    long most;
+    int64_t *found; float *confidence;
+    long n, end; /* tokens; -1 while it goes on */
+} Draft;
+
 enum { DONE = 0, BAD_TOKEN = -1, BAD_DRAFT = -2, BAD_SIZE = -3 }; /* what a call returns */
 
 long struct_size(int which) {
@@ -67,7 +80,9 @@ long struct_size(int which) {
         case 0: return sizeof(Matrix);
         case 1: return sizeof(Layer);
         case 2: return sizeof(Stack);
-        default: return sizeof(Text);
+        case 3: return sizeof(Text);
+        case 4: return sizeof(Part);
+        default: return sizeof(Draft);
     }
 }
 
@@ -570,52 +585,67 @@ long scratch(const Stack *encoder, const Stack *decoder, long n, long k, long ro
 
 enum { LONGEST = 1 << 24 }; /* rows of a pass: the products count them as int */
 
-static int prepare(const Stack *s, const Text *c, long k, long keys, Work *w) {
+static int prepare(const Stack *s, const Text *c, long k, long keys, long words, Work *w) {
     if (k < 1 || k > LONGEST || c->threads < 1 || !c->work) return BAD_SIZE;
-    if (carve(s, k, keys, c->vocab, c->threads, 0, 0) > c->floats) return BAD_SIZE;
+    if (carve(s, k, keys, words, c->threads, 0, 0) > c->floats) return BAD_SIZE;
     ASAN_UNPOISON_MEMORY_REGION(c->work, c->floats*sizeof(float));
-    carve(s, k, keys, c->vocab, c->threads, c->work, w);
+    carve(s, k, keys, words, c->threads, c->work, w);
     return DONE;
 }
 
 /* --------------------------------------- layers --------------------------------------- */
 
-static void layers(const Stack *s, const Text *c, Work *w, int k, long start,
-                   float *kv, long room) {
+/* layer l of a part: keys and values of its rows q (k, 3 in) go into its text, what they see there to h (k, in) */
+static void see_text(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h, int threads) {
+    const Text *c = part->text;
+    long in = (long)s->heads*s->dk;
+    float *kv = c->kv + l*2*c->room*in;
+    store(q + in, 3*in, part->k, in, kv, c->room, part->at);
+    _Pragma("omp parallel for collapse(2) num_threads(threads) if(threads > 1 && part->k > 8)")
+    for (int r = 0; r < part->k; r++) for (int head = 0; head < s->heads; head++) {
+        long at = part->at + r, i = (long)head*s->dk;
+        const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
+        float *scores = w->s + omp_get_thread_num()*w->slot;
+        attend(q + 3L*r*in + i, kv + i*WIDTH, kv + c->room*in + i, in, at + 1, s->dk,
+               bias, 0, scores, h + (long)r*in + i);
+    }
+}
+
+/* what they see of the source: from q (k, in) to h (k, in) */
+static void see_source(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h) {
+    const Text *c = part->text;
+    long in = (long)s->heads*s->dk;
+    const float *source = c->cross + l*2*c->source*in;
+    for (long r = 0; r < part->k; r++) for (int i = 0; i < in; i += s->dk)
+        attend(q + r*in + i, source + i*WIDTH, source + c->source*in + i, in, c->n, s->dk,
+               0, c->mask, w->s, h + r*in + i);
+}
+
+/* all layers, over k rows: of an encoder (n = 0) those of text c, of a decoder those of n parts */
+static void layers(const Stack *s, const Text *c, Work *w, int k, const Part *parts, int n) {
     int d = s->d, in = s->heads*s->dk, t = c->threads;
     float *x = w->x, *h = w->h, *q = w->q, *f = w->f;
-    for (int l = 0; l < s->layers; l++, kv += s->causal ? 2*room*in : 0) {
+    for (int l = 0; l < s->layers; l++) {
         const Layer *y = s->layer + l;
+        long r = 0;
         norm(x, y->norm, k, d, s->eps, h);
         product(&y->qkv, h, k, q, 0, &w->rows, t);
-        if (!s->causal) attention(q, k, s->heads, s->dk, c->line, c->far, c->mask, kv, w->s, w->slot, h, t);
-        else {
-            store(q + in, 3*in, k, in, kv, room, start);
-            _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k > 8)")
-            for (int r = 0; r < k; r++) for (int head = 0; head < s->heads; head++) {
-                long at = start + r, i = (long)head*s->dk;
-                const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
-                float *scores = w->s + omp_get_thread_num()*w->slot;
-                attend(q + 3L*r*in + i, kv + i*WIDTH, kv + room*in + i, in, at + 1, s->dk,
-                       bias, 0, scores, h + (long)r*in + i);
-            }
-        }
+        if (!n) attention(q, k, s->heads, s->dk, c->line, c->far, c->mask, w->kv, w->s, w->slot, h, t);
+        for (const Part *p = parts; p < parts + n; r += p++->k) see_text(s, p, w, l, q + 3*r*in, h + r*in, t);
         product(&y->o, h, k, x, 1, &w->rows, t);
-        if (s->causal) {
-            const float *source = c->cross + l*2*c->source*in;
+        if (n) {
             norm(x, y->cross_norm, k, d, s->eps, h);
             product(&y->cross_q, h, k, q, 0, &w->rows, t);
-            for (int r = 0; r < k; r++) for (int i = 0; i < in; i += s->dk)
-                attend(q + (long)r*in + i, source + i*WIDTH, source + c->source*in + i, in, c->n, s->dk,
-                       0, c->mask, w->s, h + (long)r*in + i);
+            r = 0;
+            for (const Part *p = parts; p < parts + n; r += p++->k) see_source(s, p, w, l, q + r*in, h + r*in);
             product(&y->cross_o, h, k, x, 1, &w->rows, t);
         }
-        for (int r = 0; r < k; r += ROWS) { /* so that what is between its products stays in a cache */
+        for (r = 0; r < k; r += ROWS) { /* so that what is between its products stays in a cache */
             int rows = k - r < ROWS ? k - r : ROWS;
-            norm(x + (long)r*d, y->feed_norm, rows, d, s->eps, h);
+            norm(x + r*d, y->feed_norm, rows, d, s->eps, h);
             product(&y->wi, h, rows, f, 0, &w->rows, t);
             activate(s, rows, f);
-            product(&y->wo, f, rows, x + (long)r*d, 1, &w->rows, t);
+            product(&y->wo, f, rows, x + r*d, 1, &w->rows, t);
         }
     }
 }
@@ -639,9 +669,9 @@ static int embed(const Stack *s, int k, const int64_t *tokens, float *x) {
 
 /* the encoder's last hidden state of k tokens, into w->x */
 static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t *tokens) {
-    if (!c->line || !tokens || c->far < k || prepare(s, c, k, k, w)) return BAD_SIZE;
+    if (!c->line || !tokens || c->far < k || prepare(s, c, k, k, c->vocab, w)) return BAD_SIZE;
     if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
-    layers(s, c, w, k, 0, w->kv, 0);
+    layers(s, c, w, k, 0, 0);
     norm(w->x, s->norm, k, s->d, s->eps, w->x);
     return DONE;
 }
@@ -651,7 +681,7 @@ static int cross(const Stack *s, const Text *c, const float *x) {
     Work w;
     long in = (long)s->heads*s->dk;
     if (!x || !c->cross || c->source < c->n || c->source % WIDTH) return BAD_SIZE;
-    if (prepare(s, c, c->n, c->n, &w)) return BAD_SIZE;
+    if (prepare(s, c, c->n, c->n, c->vocab, &w)) return BAD_SIZE;
     for (int l = 0; l < s->layers; l++) {
         product(&s->layer[l].cross_kv, x, c->n, w.q, 0, &w.rows, c->threads);
         store(w.q, 2*in, c->n, in, c->cross + l*2*c->source*in, c->source, 0);
@@ -676,17 +706,21 @@ long read_source(const Stack *encoder, const Stack *decoder, const Text *c, cons
 
 /* --------------------------------------- passes --------------------------------------- */
 
-/* the logits z (last, ids) after the last of k tokens that stand at `at` and after */
-static int pass(const Stack *s, const Text *c, Work *w, int k, const int64_t *tokens, long at,
-                int last, float *z) {
+/* the logits z (all their `last`, ids) after the last tokens of n parts; c has what these share */
+static int pass(const Stack *s, const Text *c, Work *w, const Part *parts, int n, float *z) {
     Matrix head = s->head;
-    head.out = c->vocab;
-    if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
-    layers(s, c, w, k, at, c->kv, c->room);
-    norm(w->x + (long)(k - last)*s->d, s->norm, last, s->d, s->eps, w->h);
+    const Part *p;
+    long k = 0, last = 0, d = s->d, v = head.out = c->vocab;
+    for (p = parts; p < parts + n; k += p++->k)
+        if (embed(s, p->k, p->tokens, w->x + k*d)) return BAD_TOKEN;
+    layers(s, c, w, k, parts, n);
+    for (p = parts, k = 0; p < parts + n; last += p++->last) {
+        k += p->k;
+        norm(w->x + (k - p->last)*d, s->norm, p->last, d, s->eps, w->h + last*d);
+    }
     product(&head, w->h, last, z, 0, &w->rows, c->threads);
-    for (int r = 0; r < last; r++)
-        for (int i = 0; i < c->nevers; i++) z[(long)r*c->vocab + c->never[i]] = -INFINITY;
+    for (long r = 0; r < last; r++)
+        for (int i = 0; i < c->nevers; i++) z[r*v + c->never[i]] = -INFINITY;
     return DONE;
 }
 
@@ -700,35 +734,42 @@ static float judge(const float *z, int v, int64_t *token, float *confidence) {
     return top + logf(sum);
 }
 
-/* whether k tokens at `at` fit into what there is; the pieces of the working memory */
-static int ready(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, Work *w) {
-    if (!tokens || !c->kv || !c->cross || !c->line) return BAD_SIZE;
-    if (at < 0 || k > c->room - at || k > c->far - at || c->room % WIDTH) return BAD_SIZE;
-    if (c->n < 1 || c->n > c->source || c->source % WIDTH) return BAD_SIZE;
-    if (c->vocab < 1 || c->vocab > s->head.out) return BAD_SIZE;
-    return prepare(s, c, k, max_of(c->room, c->n), w);
+/* whether a part fits into what its text has */
+static int fits(const Stack *s, const Part *part, long vocab) {
+    const Text *c = part->text;
+    long k = part->k, at = part->at, more = part->more;
+    if (!c || !part->tokens || !c->kv || !c->cross || !c->line) return 0;
+    if (k < 1 || k > LONGEST || part->last < 1 || part->last > k) return 0;
+    if (at < 0 || more < 0 || more > c->room) return 0;
+    if (k + more > c->room - at || k + more > c->far - at || c->room % WIDTH) return 0;
+    if (c->n < 1 || c->n > c->source || c->source % WIDTH) return 0;
+    return c->vocab == vocab && vocab >= 1 && vocab <= s->head.out;
+}
+
+/* whether n parts fit; the pieces of the working memory of c */
+static int ready(const Stack *s, const Text *c, const Part *parts, long n, Work *w) {
+    long k = 0, keys = 0;
+    for (const Part *p = parts; p < parts + n; k += p++->k) {
+        if (!fits(s, p, c->vocab) || p->k > LONGEST - k) return BAD_SIZE;
+        keys = max_of(keys, max_of(p->text->room, p->text->n));
+    }
+    return prepare(s, c, k, keys, n*c->vocab, w);
 }
 
 long decode(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long last,
             float *z) {
     Work w;
-    if (!z || last < 1 || last > k || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
-    return pass(s, c, &w, k, tokens, at, last, z);
+    Part part = { c, tokens, k, at, last, 0 };
+    if (!z || ready(s, c, &part, 1, &w)) return BAD_SIZE;
+    return pass(s, c, &w, &part, 1, z);
 }
 
-/* the scores of the last g + 1 positions and the distances of g drafted tokens; returns how many of these
-   stay: all before the first that is farther than `farthest` and, unless `strict`, not the best token */
-long verify(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long g,
-            const int64_t *draft, float farthest, int strict,
-            float *z, int64_t *token, float *confidence, float *nll) {
-    Work w;
+/* the scores of g + 1 rows of z, and the distances of g drafted tokens; returns how many of these stay: all
+   before the first that is farther than `farthest` and, unless `strict`, not the best token */
+static long compare(const float *z, int v, long g, const int64_t *draft, float farthest, int strict,
+                    int64_t *token, float *confidence, float *nll) {
     int64_t drafted;
     long kept = 0;
-    int v = c->vocab;
-    if (!z || !token || !confidence || !nll || (g && !draft)) return BAD_SIZE;
-    if (g < 0 || g >= k || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
-    for (long r = 0; r < g; r++) if (!read_id(draft, r, v, &drafted)) return BAD_DRAFT;
-    if (pass(s, c, &w, k, tokens, at, g + 1, z)) return BAD_TOKEN;
     for (long r = 0; r <= g; r++, z += v) {
         float lse = judge(z, v, token + r, confidence + r);
         if (r == g) break;
@@ -740,28 +781,95 @@ long verify(const Stack *s, const Text *c, long k, const int64_t *tokens, long a
     return kept;
 }
 
+static int known(const int64_t *draft, long g, long below) {
+    int64_t id;
+    for (long r = 0; r < g; r++) if (!read_id(draft, r, below, &id)) return 0;
+    return 1;
+}
+
+long verify(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long g,
+            const int64_t *draft, float farthest, int strict,
+            float *z, int64_t *token, float *confidence, float *nll) {
+    Work w;
+    Part part = { c, tokens, k, at, g + 1, 0 };
+    if (!z || !token || !confidence || !nll || (g && !draft)) return BAD_SIZE;
+    if (g < 0 || g >= k || ready(s, c, &part, 1, &w)) return BAD_SIZE;
+    if (!known(draft, g, c->vocab)) return BAD_DRAFT;
+    if (pass(s, c, &w, &part, 1, z)) return BAD_TOKEN;
+    return compare(z, c->vocab, g, draft, farthest, strict, token, confidence, nll);
+}
+
+/* `verify` for n texts in one pass: the last tokens of a part are its draft, one fewer than the positions that are
+   wanted. What is found stands part after part; kept: how many of each draft stay */
+long verify_rows(const Stack *s, const Text *c, long n, const Part *parts, float farthest, int strict,
+                 float *z, int64_t *token, float *confidence, float *nll, long *kept) {
+    Work w;
+    if (!z || !token || !confidence || !nll || !kept || !parts) return BAD_SIZE;
+    if (ready(s, c, parts, n, &w)) return BAD_SIZE;
+    for (const Part *p = parts; p < parts + n; p++)
+        if (!known(p->tokens + p->k - p->last + 1, p->last - 1, c->vocab)) return BAD_DRAFT;
+    if (pass(s, c, &w, parts, n, z)) return BAD_TOKEN;
+    for (const Part *p = parts; p < parts + n; p++, kept++) {
+        long rows = p->last;
+        *kept = compare(z, c->vocab, rows - 1, p->tokens + p->k - rows + 1, farthest, strict,
+                        token, confidence, nll);
+        if (*kept < 0) return BAD_DRAFT;
+        z += rows*c->vocab;
+        token += rows;
+        confidence += rows;
+        nll += rows;
+    }
+    return DONE;
+}
+
 enum { FALLBACK, EOS, CAP, ENDS }; /* why a draft ended */
+
+/* counts a token that was found, and says whether the draft ends with it */
+static void count(const Text *c, Draft *d, float least) {
+    int64_t token = d->found[d->n];
+    float p = d->confidence[d->n];
+    if (p < least || p != p) {
+        d->end = FALLBACK;
+        return;
+    }
+    if (++d->n == d->most) d->end = CAP;
+    for (int i = 0; i < c->n_ends; i++) if (token == c->ends[i]) d->end = EOS;
+}
+
+/* drafts for n texts: each step is one pass over those that go on. `parts` is room for as many */
+long propose_rows(const Stack *s, const Text *c, long n, Draft *drafts, Part *parts, float least) {
+    Work w;
+    Draft *end = drafts + n, *d;
+    for (d = drafts; d < end; d++) {
+        if (d->most < 1 || !d->found || !d->confidence) return BAD_SIZE;
+        d->n = 0;
+        d->end = -1;
+        d->part.last = 1;
+        d->part.more = d->most - 1;
+        parts[d - drafts] = d->part;
+    }
+    if (ready(s, c, parts, n, &w)) return BAD_SIZE;
+    for (;;) {
+        int going = 0;
+        for (d = drafts; d < end; d++) if (d->end < 0) parts[going++] = d->part;
+        if (!going) return DONE;
+        if (pass(s, c, &w, parts, going, w.z)) return BAD_TOKEN;
+        const float *z = w.z;
+        for (d = drafts; d < end; d++) if (d->end < 0) {
+            int64_t *token = d->found + d->n;
+            judge(z, c->vocab, token, d->confidence + d->n);
+            count(c, d, least);
+            d->part = (Part){ d->part.text, token, 1, d->part.at + d->part.k, 1, 0 }; /* what the next step reads */
+            z += c->vocab;
+        }
+    }
+}
 
 /* a draft of at most `most` tokens, into `found`; returns ENDS times their number plus why it ended */
 long propose(const Stack *s, const Text *c, long k, const int64_t *tokens, long at, long most,
              float least, int64_t *found, float *confidence) {
-    Work w;
-    long n = 0, end = -1;
-    if (!found || !confidence || ready(s, c, k, tokens, at, &w)) return BAD_SIZE;
-    if (most < 1 || most > c->room) return BAD_SIZE;
-    if (k + most - 1 > c->room - at || k + most - 1 > c->far - at) return BAD_SIZE;
-    while (end < 0) {
-        int64_t *token = found + n;
-        float *p = confidence + n;
-        if (pass(s, c, &w, k, tokens, at, 1, w.z)) return BAD_TOKEN;
-        judge(w.z, c->vocab, token, p);
-        if (*p < least || *p != *p) end = FALLBACK;
-        else if (++n == most) end = CAP;
-        for (int i = 0; i < c->n_ends; i++)
-            if (end != FALLBACK && *token == c->ends[i]) end = EOS;
-        tokens = token; /* the next pass reads what this one wrote */
-        at += k;
-        k = 1;
-    }
-    return ENDS*n + end;
+    Draft draft = { { c, tokens, k, at, 1, 0 }, most, found, confidence, 0, 0 };
+    Part part;
+    long why = propose_rows(s, c, 1, &draft, &part, least);
+    return why ? why : ENDS*draft.n + draft.end;
 }

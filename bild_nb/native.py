@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'BAD_TOKEN', 'BAD_DRAFT', 'BAD_SIZE', 'FLAGS', 'SECONDS', 'PANEL', 'LARGE', 'CHUNK', 'ROOM', 'LONGEST',
-           'WHOLE', 'Matrix', 'Layer', 'Stack', 'Text', 'compiler', 'options', 'cpu', 'c_code', 'library_key',
-           'library_name', 'private_folder', 'kept_library', 'call_compiler', 'build', 'typed', 'load_library',
-           'library', 'space', 'panels', 'Weights', 'unusable', 'NativeEngine', 'NativeCache', 'as_ids', 'outside']
+           'WHOLE', 'Matrix', 'Layer', 'Stack', 'Text', 'Part', 'Drafting', 'compiler', 'options', 'cpu', 'c_code',
+           'library_key', 'library_name', 'private_folder', 'kept_library', 'call_compiler', 'build', 'typed',
+           'load_library', 'library', 'space', 'panels', 'Weights', 'unusable', 'NativeEngine', 'NativeCache', 'as_ids',
+           'outside']
 
 # %% ../nbs/11_native.ipynb #ffc9f770
 import ctypes, hashlib, math, os, platform, shlex, shutil, signal, stat
@@ -69,6 +70,15 @@ class Text(ctypes.Structure):
         new.kept = self.kept | found
         for name, x in found.items(): setattr(new, name, _address(x))
         return new
+
+class Part(ctypes.Structure):
+    "What a pass over several texts reads of one"
+    _fields_ = (_fields(_pointer, 'text tokens') + _fields(_long, 'k at last more'))
+
+class Drafting(ctypes.Structure):
+    "A draft of one of them while it is made"
+    _fields_ = (_fields(Part, 'part') + _fields(_long, 'most') +
+                _fields(_pointer, 'found confidence') + _fields(_long, 'n end'))
 
 def _address(x):
     if isinstance(x, Tensor): return x.data_ptr()
@@ -184,13 +194,15 @@ def typed(lib):
                      scratch=[p, p, n, n, n, n, i], read_source=[p, p, p, p, n, p, p],
                      decode=[p, p, n, p, n, n, p],
                      verify=[p, p, n, p, n, n, p, _float, i, p, p, p, p],
-                     propose=[p, p, n, p, n, n, _float, p, p])
+                     propose=[p, p, n, p, n, n, _float, p, p],
+                     verify_rows=[p, p, n, p, _float, i, p, p, p, p, p],
+                     propose_rows=[p, p, n, p, p, _float])
     for name, types in functions.items():
         function = getattr(lib, name, None)
         if function is None:
             raise OSError(f'the compiled library has no function {name}')
         function.argtypes, function.restype = types, i if name == 'int8_top' else n
-    for which, structure in enumerate((Matrix, Layer, Stack, Text)):
+    for which, structure in enumerate((Matrix, Layer, Stack, Text, Part, Drafting)):
         size = lib.struct_size(which)
         name, ours = structure.__name__, ctypes.sizeof(structure)
         if size != ours: raise OSError(f'{name} has {size} bytes in C and {ours} here')
