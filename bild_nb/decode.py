@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Turn', 'Trace', 'Output', 'check_tokenizers', 'check_pair', 'common', 'BigLittleDecoder', 'Run', 'check_numbers',
-           'check_ids', 'check_mask', 'strip', 'cut', 'length_limit']
+           'check_ids', 'check_mask', 'strip', 'cut', 'length_limit', 'check_prompt']
 
 # %% ../nbs/02_decode.ipynb #def45e13
 import time, warnings
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from .policy import Draft, ENDS, Policy, as_policy
-from .decoder import Cache, Decoder, Model, Settings
+from .decoder import Cache, Model, Settings
 from .decoder import drafted, evaluating, same_threads, transfer, use_threads
+from .causal import joined, plain, unpad
 
 # %% ../nbs/02_decode.ipynb #72d6cf6e
 @dataclass
@@ -79,7 +80,8 @@ def add(self: Trace, turn: Turn, keep: bool = True):
 @dataclass
 class Output:
     "What `generate` returns"
-    sequences: Tensor  # (1, length) int64 with the start token, on the models' device
+    sequences: Tensor  # (rows, length) int64 with what each text begins with: the
+                       # start token or its prompt; on the models' device
     trace: list        # a `Trace` for each row
 
 # %% ../nbs/02_decode.ipynb #a03bf171
@@ -115,7 +117,11 @@ def check_pair(large: Model, small: Model) -> Settings:
 
 def common(large: Settings, small: Settings) -> Settings:
     "What a text follows that two models write; a `ValueError` where they differ"
-    for name in ('start', 'eos', 'pad'):
+    if large.causal != small.causal:
+        kinds = ('a causal model', 'an encoder-decoder model')[::1 if large.causal else -1]
+        raise ValueError(f'the large one is {kinds[0]} and the small one {kinds[1]}: '
+                         'BiLD needs two of a kind')
+    for name in () if large.causal else ('start', 'eos', 'pad'):
         a, b = getattr(large, name), getattr(small, name)
         if a == b: continue
         a, b = (list(x) if isinstance(x, (tuple, frozenset)) else x for x in (a, b))
@@ -130,12 +136,12 @@ def common(large: Settings, small: Settings) -> Settings:
 class BigLittleDecoder:
     "BiLD: a small model drafts, a large one verifies, a `Policy` decides"
     def __init__(self,
-                 large,       # a `Model`, or an encoder-decoder model of transformers
+                 large,       # a `Model`, or a transformers model that writes text
                  small,       # likewise, with the same vocabulary
                  policy=None  # a `Policy`, its text, or None: `Policy.bild(0.6, 2)`
                 ):
-        if not isinstance(large, Model): large = Decoder(large)
-        if not isinstance(small, Model): small = Decoder(small)
+        if not isinstance(large, Model): large = plain(large)
+        if not isinstance(small, Model): small = plain(small)
         self.large, self.small = large, small
         self.policy, self._known = as_policy(policy), (None, None, None)
         check_pair(self.large, self.small)
@@ -144,7 +150,7 @@ class BigLittleDecoder:
 @dataclass
 class Run:
     "One text while it is written: all that changes"
-    tokens: list               # accepted so far, start tokens included
+    tokens: list               # accepted so far, start tokens or prompt included
     limit: int                 # the longest that they may become
     settings: Settings
     trace: Trace
@@ -263,18 +269,16 @@ def _turns(self: BigLittleDecoder, run: Run):
 
 # %% ../nbs/02_decode.ipynb #db8534ac
 def check_ids(ids, words: int):
-    "Raise an error that says what is wrong with a source `ids` of shape (1, length)"
+    "Raise an error that says what is wrong with `ids` of shape (rows, length)"
     if not isinstance(ids, Tensor):
         raise TypeError(f'input_ids is a {type(ids).__name__}: give a tensor')
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = str(ids.dtype).removeprefix('torch.')
         raise TypeError(f'input_ids is {kind}: token ids are whole numbers')
-    if ids.ndim != 2 or not ids.shape[1]:
+    if ids.ndim != 2 or not ids.numel():
         shape = tuple(ids.shape)
         raise ValueError(f'input_ids has shape {shape}: give (1, source length)')
-    if ids.shape[0] != 1:
-        raise NotImplementedError(f'a batch of {ids.shape[0]}: BiLD decodes row by row')
-    row = ids[0].tolist()
+    row = ids.flatten().tolist()
     low, high = min(row), max(row)
     bad = low if low < 0 else high
     if low < 0 or high >= words:
@@ -314,19 +318,26 @@ def cut(ids, mask, settings: Settings, ends: set):
     return ids[:, kept], None if mask is None else mask[:, kept]
 
 # %% ../nbs/02_decode.ipynb #c861816e
-def length_limit(settings: Settings, max_new_tokens=None, max_length=None) -> int:
-    "The longest sequence, start tokens included"
-    start = len(settings.start)
+def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
+                 prompt: int = 0,  # tokens of a prompt
+                 padding: int = 0  # before it, which lengths count, too
+                ) -> int:
+    "The longest sequence, start tokens or prompt included"
+    start = prompt or len(settings.start)
     given = dict(max_new_tokens=max_new_tokens, max_length=max_length)
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1: raise ValueError('give max_new_tokens or max_length, not both')
     for name, value in given.items():
         if not isinstance(value, (int, Integral)) or isinstance(value, bool):
             raise ValueError(f'{name}={value!r}: give a whole number of tokens')
-    limit = settings.limit or start + 128
+    limit = settings.limit - padding if settings.limit else start + 128
+    if settings.new: limit = start + settings.new
     if 'max_new_tokens' in given: limit = start + int(max_new_tokens)
-    if 'max_length' in given: limit = int(max_length)
-    if limit <= start: raise ValueError(f'{given}: at least one new token must fit')
+    if 'max_length' in given: limit = int(max_length) - padding
+    if limit <= start:
+        given, more = given or dict(max_length=settings.limit), ''
+        if prompt: more = f' behind a prompt of {prompt + padding} tokens'
+        raise ValueError(f'{given}: at least one new token must fit{more}')
     most = settings.positions or limit
     if limit > most and given:
         warnings.warn(f'this pair has {most} positions: no text gets longer')
@@ -335,10 +346,10 @@ def length_limit(settings: Settings, max_new_tokens=None, max_length=None) -> in
 # %% ../nbs/02_decode.ipynb #ea61570c
 @patch
 def generate(self: BigLittleDecoder,
-             input_ids: Tensor,                     # (1, source length) int64
-             attention_mask: Tensor | None = None,  # (1, source length) of 0 and 1
+             input_ids: Tensor,  # (1, source length) int64; or (rows, length) prompts
+             attention_mask: Tensor | None = None,  # of the same shape, of 0 and 1
              max_new_tokens: int | None = None,  # None: the generation config's, or 128
-             max_length: int | None = None,      # instead; counts the start token
+             max_length: int | None = None,  # instead; counts the start token or prompt
              trace: bool = True,  # keep every turn; False: the counts only
              **unknown            # refused by name
             ) -> Output:
@@ -351,6 +362,12 @@ def generate(self: BigLittleDecoder,
     input_ids, attention_mask = transfer(input_ids, attention_mask)
     check_ids(input_ids, min(m.words for m in models.values()))
     check_mask(attention_mask, input_ids)
+    if settings.causal:
+        lengths = max_new_tokens, max_length
+        return self._continue(settings, input_ids, attention_mask, lengths, trace)
+    if input_ids.shape[0] != 1:
+        raise NotImplementedError(f'a batch of {input_ids.shape[0]}: BiLD decodes row '
+                                  'by row')
     limit = length_limit(settings, max_new_tokens, max_length)
     told = Trace(tokenizer=self.large.tokenizer)
     run = Run(list(settings.start), limit, settings, told)
@@ -363,6 +380,34 @@ def generate(self: BigLittleDecoder,
     return Output(self._row(run.tokens).to(self.large.device), [told])
 
 # %% ../nbs/02_decode.ipynb #ec19dd64
+@patch
+def _continue(self: BigLittleDecoder, settings, ids, mask, lengths, trace) -> Output:
+    "Every row of `ids` with what the pair writes behind it"
+    rows, runs, width = unpad(ids, mask), [], ids.shape[1]
+    for i, prompt in enumerate(rows):
+        check_prompt(i, prompt, settings.positions)
+        limit = length_limit(settings, *lengths, len(prompt), width - len(prompt))
+        told = Trace(tokenizer=self.large.tokenizer)
+        runs.append(Run([*prompt], limit, settings, told))
+    modules = [m.model for m in self._asked().values() if not m.snapshot]
+    with evaluating(*modules), same_threads():
+        for run in runs:
+            started = time.perf_counter()
+            self._open(run)
+            for turn in self._turns(run): run.trace.add(turn, trace)
+            run.trace.ms = (time.perf_counter() - started)*1e3
+    new = [run.tokens[len(prompt):] for run, prompt in zip(runs, rows)]
+    sequences = joined(ids, new, settings.pad).to(self.large.device)
+    return Output(sequences, [run.trace for run in runs])
+
+# %% ../nbs/02_decode.ipynb #e38cb0f2
+def check_prompt(i: int, prompt: list, positions: int | None):
+    "A `ValueError` for row `i` if no token can stand behind its prompt"
+    if positions is None or len(prompt) < positions: return
+    raise ValueError(f'row {i} is a prompt of {len(prompt)} tokens, and the pair has '
+                     f'{positions} positions: nothing fits behind it')
+
+# %% ../nbs/02_decode.ipynb #e5f76738
 @patch
 def _settings(self: BigLittleDecoder) -> Settings:
     "What both models say now; made again only if one of them says something new"
@@ -380,13 +425,14 @@ def _asked(self: BigLittleDecoder) -> dict:
     return {name: getattr(self, name) for name in used if used[name]}
 
 @patch
-def _open(self: BigLittleDecoder, run: Run, ids: Tensor, mask: Tensor | None):
-    "Let the models that the policy asks read the source"
+def _open(self: BigLittleDecoder, run: Run, ids: Tensor | None = None, mask=None):
+    "Let the models that the policy asks read the source, if there is one"
     tokenizer, policy, ends = self.large.tokenizer, self.policy, set(run.settings.eos)
     if tokenizer is not None and run.settings.positions:
         ends |= set(tokenizer.all_special_ids)
-    ids, mask = cut(ids, mask, run.settings, ends)
-    ids = ids.to(torch.int64).contiguous()
+    if ids is not None:
+        ids, mask = cut(ids, mask, run.settings, ends)
+        ids = ids.to(torch.int64).contiguous()
     for name, model in self._asked().items():
         use_threads(model)
         room = min(run.limit, 1024)  # more is made when it is needed
