@@ -6,8 +6,8 @@
 __all__ = ['ATTENTION', 'refuse_recurrent', 'text_config', 'Causal', 'positions', 'CausalCache', 'unpad', 'joined', 'plain']
 
 # %% ../nbs/01b_causal.ipynb #e94c4ed2
-from dataclasses import dataclass, replace
 import inspect
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -109,14 +109,17 @@ def forward(self: Causal, cache: CausalCache, tokens, at, last=None) -> Tensor:
     return logits
 
 # %% ../nbs/01b_causal.ipynb #28bbac77
-def unpad(ids: Tensor,        # (rows, length) int64, on the host
-          mask: Tensor | None # (rows, length) of 0 and 1
-         ) -> list:           # of lists of token ids
+def unpad(ids: Tensor,               # (rows, length) int64, on the host
+          mask: Tensor | None,       # (rows, length) of 0 and 1
+          settings: Settings
+         ) -> list:                  # of lists of token ids
     "The prompts without their padding; a `ValueError` that names a row without an end"
-    if mask is None: return ids.tolist()
+    if mask is None:
+        pad = None if settings.pad in settings.eos else settings.pad
+        mask = ids != pad if pad is not None else torch.ones_like(ids)
     rows = []
     for i, (row, on) in enumerate(zip(ids, mask != 0)):
-        if not on.any(): raise ValueError(f'attention_mask masks the whole of row {i}')
+        if not on.any(): raise ValueError(f'row {i} is padding alone: give it a prompt')
         if not on[-1]:
             raise ValueError(f'row {i} ends with padding: a prompt is continued at its '
                              "end, so pad on the left (tokenizer.padding_side = 'left')")

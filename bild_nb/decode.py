@@ -383,7 +383,7 @@ def generate(self: BigLittleDecoder,
 @patch
 def _continue(self: BigLittleDecoder, settings, ids, mask, lengths, trace) -> Output:
     "Every row of `ids` with what the pair writes behind it"
-    rows, runs, width = unpad(ids, mask), [], ids.shape[1]
+    rows, runs, width = unpad(ids, mask, settings), [], ids.shape[1]
     for i, prompt in enumerate(rows):
         check_prompt(i, prompt, settings.positions)
         limit = length_limit(settings, *lengths, len(prompt), width - len(prompt))
