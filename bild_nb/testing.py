@@ -53,7 +53,9 @@ def random_causal(kind: str = 'llama', # a `model_type` of transformers
                   num_key_value_heads=2, max_position_embeddings=256,
                   tie_word_embeddings=False,
                   bos_token_id=0, eos_token_id=1, pad_token_id=None)
-    config = AutoConfig.for_model(kind, **{**config, **kwargs})
+    known = AutoConfig.for_model(kind)
+    config = {k: v for k, v in config.items() if hasattr(known, k)} | kwargs
+    config = AutoConfig.for_model(kind, **config)
     model = AutoModelForCausalLM.from_config(config).eval()
     table = re.compile(r'embed|wte|wpe')
     with torch.no_grad():
