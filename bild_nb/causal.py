@@ -89,7 +89,7 @@ def open(self: Causal, ids=None, mask=None, encoded=None, settings=None, room=64
     "The cache of a text of which nothing is read yet: the prompt comes with the passes"
     settings = settings or self.settings()
     never = [i for i in settings.never if 0 <= i < settings.vocab]
-    never = torch.tensor(never, dtype=torch.int64, device=self.device) if never else None
+    never = torch.tensor(never, device=self.device) if never else None
     return CausalCache(settings, DynamicCache(), never)
 
 # %% ../nbs/01b_causal.ipynb #99ffe8e3
@@ -122,7 +122,8 @@ def unpad(ids: Tensor,               # (rows, length) int64, on the host
         if not on.any(): raise ValueError(f'row {i} is padding alone: give it a prompt')
         if not on[-1]:
             raise ValueError(f'row {i} ends with padding: a prompt is continued at its '
-                             "end, so pad on the left (tokenizer.padding_side = 'left')")
+                             'end, so pad on the left (tokenizer.padding_side = '
+                             "'left')")
         rows.append(row[on].tolist())
     return rows
 

@@ -39,15 +39,15 @@ def _ids(value) -> list:
 @dataclass(frozen=True)
 class Settings:
     "What a text follows of a model's configs"
-    start: tuple           # ids every text begins with: start token, forced first token;
-                           # none of a causal model, whose text begins with its prompt
+    start: tuple           # ids every text begins with: start token, forced first token
+                           # (none of a causal model: a text begins with its prompt)
     eos: frozenset         # ids that end a text
     pad: int | None
     never: tuple           # ids that are never written
     vocab: int             # ids that can be written are below this
     limit: int | None      # longest text, start included, by the generation config
     positions: int | None  # tokens that the model has positions for; None: any number
-    new: int | None = None # new tokens by the generation config, which go before `limit`
+    new: int | None = None # new tokens by the generation config, go before `limit`
     @property
     def causal(self) -> bool: return not self.start
 

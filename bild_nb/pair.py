@@ -329,8 +329,8 @@ def auto_class(config, causal: bool):
     "The class that loads a model of `config`; a `ValueError` for an unwanted kind"
     if config.is_encoder_decoder: return AutoModelForSeq2SeqLM
     if causal: return AutoModelForCausalLM
-    raise ValueError(f'{config.model_type} has no encoder, and an encoder-decoder model '
-                     'is needed here: load_pair and bild generate take it')
+    raise ValueError(f'{config.model_type} has no encoder, and an encoder-decoder '
+                     'model is needed here: load_pair and bild generate take it')
 
 # %% ../nbs/06_pair.ipynb #ad60b2cf
 TOKENIZERS = 'tokenizer*', '*.model', '*.spm', 'vocab*'  # files that make a tokenizer
@@ -525,7 +525,7 @@ def chat_text(self: Pair, messages: list) -> str:
         raise ValueError(f'{messages!r}: give a text, or a list of messages like '
                          "{'role': 'user', 'content': 'Hi'}")
     if self.tokenizer.chat_template is None:
-        raise ValueError('the tokenizer has no chat template: give the prompt as a text')
+        raise ValueError('the tokenizer has no chat template: give a text')
     with _tokenizing:
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False)

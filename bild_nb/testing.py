@@ -211,7 +211,7 @@ def random_causal_pair(
     from bild_nb.corpus import train_tokenizer
     from tokenizers.processors import TemplateProcessing
     tokenizer = train_tokenizer(texts, vocab_size=300)
-    nothing = TemplateProcessing(single='$A', special_tokens=[])  # no EOS behind a prompt
+    nothing = TemplateProcessing(single='$A', special_tokens=[])  # no EOS at the end
     tokenizer.backend_tokenizer.post_processor = nothing
     tokenizer.chat_template = chat
     ids = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
