@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 
 _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_policy"],
             "decoder": ["Decoder"],
+            "early": ["early_exit"],
             "trace": ["BigLittleDecoder"],  # the one of `decode`, with pictures attached
             "pair": ["load_pair", "Pair"],
             "objectives": ["agreement"],

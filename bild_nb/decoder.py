@@ -40,12 +40,16 @@ def _ids(value) -> list:
 class Settings:
     "What a text follows of a model's configs"
     start: tuple           # ids every text begins with: start token, forced first token
+                           # (none of a causal model: a text begins with its prompt)
     eos: frozenset         # ids that end a text
     pad: int | None
     never: tuple           # ids that are never written
     vocab: int             # ids that can be written are below this
     limit: int | None      # longest text, start included, by the generation config
     positions: int | None  # tokens that the model has positions for; None: any number
+    new: int | None = None # new tokens by the generation config, go before `limit`
+    @property
+    def causal(self) -> bool: return not self.start
 
 @patch(cls_method=True)
 def of(cls: Settings, model) -> Settings:
@@ -159,9 +163,14 @@ def settings(self: Model) -> Settings:
     *before, found = self._known
     if before != [*now]:  # compared with copies, so that a list changed in place shows
         self._warn()
-        found = Settings.of(self.model)
+        found = self.read_settings()
         self._known = *copy.deepcopy(now), found
     return found
+
+@patch
+def read_settings(self: Model) -> Settings:
+    "`Settings` anew"
+    return Settings.of(self.model)
 
 @patch
 def _warn(self: Model):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'SHIPPED', 'HEAD', 'DTYPES', 'NOWHERE', 'TOKENIZERS', 'Backend', 'fastest', 'decoder_for', 'check_backend',
            'find_model', 'online', 'local_folder', 'read_json', 'shapes', 'check_header', 'misfit', 'dtype_name',
-           'pair_dtypes', 'find_device', 'check_loaded', 'load_model', 'find_tokenizer', 'Pair', 'pair_policy',
-           'pair_threads', 'load_pair', 'check_texts']
+           'pair_dtypes', 'find_device', 'check_loaded', 'load_model', 'auto_class', 'find_tokenizer', 'Pair',
+           'pair_policy', 'pair_threads', 'load_pair', 'check_texts']
 
 # %% ../nbs/06_pair.ipynb #58936530
 import json, re, threading, warnings
@@ -20,10 +20,11 @@ import torch
 from fastcore.basics import patch
 from huggingface_hub import constants, get_session, snapshot_download
 from safetensors import safe_open
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 from .policy import Policy, as_policy, parse_policy
-from .decoder import Decoder, Model, memory, size_gb
+from .decoder import Model, memory, size_gb
 from .decode import check_pair
 from .trace import BigLittleDecoder, printable
 
@@ -51,7 +52,7 @@ BACKENDS = dict(
     engine=Backend('bild_nb.engine:Engine', 'bild_nb.engine:unsupported', int8=True),
     graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.engine:unsupported',
                    auto=('cuda',)),
-    plain=Backend('bild_nb.decoder:Decoder', auto=None))
+    plain=Backend('bild_nb.causal:plain', auto=None))
 
 # %% ../nbs/06_pair.ipynb #610f1bd7
 def fastest(model, tokenizer=None, int8: bool = False) -> Model:
@@ -84,7 +85,7 @@ def first_line(e: BaseException) -> str:
     return printable(lines[0])
 
 # %% ../nbs/06_pair.ipynb #f3fa5efa
-def decoder_for(model,                  # a transformers encoder-decoder model
+def decoder_for(model,                  # a transformers model that writes text
                 tokenizer=None,         # shows texts in traces
                 backend: str = 'auto',  # a name in `BACKENDS`
                 int8: bool = False      # weights in int8: `native` and `engine`
@@ -170,6 +171,8 @@ COUNTS = re.compile(r'layers$|^n_layer$|experts$')
 WIDTHS = re.compile(r'vocab_size$|^d_model$|^d_ff$|hidden_size$|ffn_dim$'
                     r'|intermediate_size$|[*]d_kv$')
 LARGEST = 2**17  # of any other number
+POSITIONS = 2**24  # without a table
+NO_SIZE = {'rope_theta', 'max_window_layers'}
 
 def entries(value, name=''):
     "Name and value of every entry of a config and of those inside it"
@@ -201,6 +204,9 @@ def check_header(folder: Path):
     most, widths = blocks(sizes), {n for shape in sizes.values() for n in shape}
     heads, width = config.get('num_heads'), config.get('d_kv')
     if type(heads) is type(width) is int: config['num_heads*d_kv'] = heads*width
+    turned, long = any('rope' in k for k in config), 'max_position_embeddings'
+    if turned and type(config.get(long)) is int and config[long] <= POSITIONS:
+        del config[long]
     for name, value in entries(config):
         why = misfit(name, value, most, widths)
         if why:
@@ -211,7 +217,7 @@ def misfit(name: str, value, most: int, widths: set) -> str | None:
     "Why an entry doesn't fit weights of `most` blocks in a row and of such `widths`"
     if name.endswith('_implementation') and '/' in str(value):
         return 'code from elsewhere is never run'
-    if type(value) is not int: return None
+    if type(value) is not int or name in NO_SIZE: return None
     if COUNTS.search(name) and value > most:
         return f'the weights have at most {most} in a row'
     if WIDTHS.search(name) and value not in widths:
@@ -291,7 +297,8 @@ NOWHERE = ('is no local folder and the hub could not give it (no network, no suc
 def load_model(where: str,   # a local folder, a hub id, or `shipped`
                which: str,   # `large` or `small`
                device=None,  # None: a GPU where there is one
-               dtype='fp32'  # a name in `DTYPES`, or torch's own
+               dtype='fp32', # a name in `DTYPES`, or torch's own
+               causal: bool = False # whether one that continues prompts will do
               ) -> tuple:    # the model, and its tokenizer or None
     "A model in eval mode and its tokenizer. Runs no code of the folder's"
     name, device = dtype_name(dtype), find_device(device)
@@ -302,11 +309,12 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
     local = here or not online()  # a model of the hub may have been downloaded before
     try:
         check_header(local_folder(source, local))
+        safely = dict(trust_remote_code=False, local_files_only=local)
         with _quiet():
-            model, info = AutoModelForSeq2SeqLM.from_pretrained(
-                source, dtype=DTYPES[name], trust_remote_code=False,
-                local_files_only=local, ignore_mismatched_sizes=True,
-                output_loading_info=True)
+            kind = auto_class(AutoConfig.from_pretrained(source, **safely), causal)
+            model, info = kind.from_pretrained(
+                source, dtype=DTYPES[name], ignore_mismatched_sizes=True,
+                output_loading_info=True, **safely)
         check_loaded(model, info)
     except Exception as e:
         what = f'the folder {where}' if here else where
@@ -315,6 +323,14 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
         raise ValueError(f'{which} model: {what} {why}') from e
     with memory(f'the {which} model', size_gb(model)): model.to(device).eval()
     return model, find_tokenizer(source, local)
+
+# %% ../nbs/06_pair.ipynb #794da1e5
+def auto_class(config, causal: bool):
+    "The class that loads a model of `config`; a `ValueError` for an unwanted kind"
+    if config.is_encoder_decoder: return AutoModelForSeq2SeqLM
+    if causal: return AutoModelForCausalLM
+    raise ValueError(f'{config.model_type} has no encoder, and an encoder-decoder '
+                     'model is needed here: load_pair and bild generate take it')
 
 # %% ../nbs/06_pair.ipynb #ad60b2cf
 TOKENIZERS = 'tokenizer*', '*.model', '*.spm', 'vocab*'  # files that make a tokenizer
@@ -341,6 +357,8 @@ class Pair:
     tokenizer: object = None      # None: token ids only
     policy: Policy | None = None  # of `translate`; None: `Policy.bild(0.6, 2)`
     def __post_init__(self): self.policy = as_policy(self.policy)
+    @property
+    def causal(self) -> bool: return self.large.settings().causal
     def __repr__(self):
         def line(m):
             size = m.model.num_parameters()/1e6
@@ -363,8 +381,8 @@ def pair_policy(folder: Path) -> Policy:
 def set_threads(self: Pair,
                 threads  # a number, a (large, small) pair, `auto`; None: torch's own
                ):
-    "Give both models their number of threads of a CPU; `auto` measures them"
-    if threads == 'auto' and self.large.device.type == 'cpu':
+    "Give both models their threads of a CPU; `auto` measures encoder-decoder pairs"
+    if threads == 'auto' and self.large.device.type == 'cpu' and not self.causal:
         return resolve_name('bild_nb.cost:tune_threads')(self.large, self.small)
     self.large.threads, self.small.threads = pair_threads(threads)
 
@@ -395,7 +413,7 @@ def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
     models = []
     for where, which, kind in zip((large, small), ('large', 'small'), dtypes):
         stored = 'fp32' if kind == 'int8' else kind
-        model, tokenizer = load_model(where, which, device, stored)
+        model, tokenizer = load_model(where, which, device, stored, causal=True)
         models.append(decoder_for(model, tokenizer, backend, kind == 'int8'))
     check_pair(*models)
     tokenizer = next((m.tokenizer for m in models if m.tokenizer is not None), None)
@@ -415,8 +433,10 @@ def encode(self: Pair,
            names: list | None = None       # how errors call the texts, e.g. by line
           ) -> list[torch.Tensor]:         # a (1, length) int64 tensor each
     "Token ids of `texts`; none may be empty, long ones are cut with a warning"
-    if self.tokenizer is None:
-        raise ValueError('this pair came without a tokenizer: save one in its folders')
+    if self.causal:
+        raise ValueError(f'{type(self.large.model).__name__} continues prompts: use '
+                         'Pair.generate, or bild generate')
+    self.check_tokenizer()
     if isinstance(texts, str):
         raise ValueError('texts is one string: give a list of strings')
     texts, limit = list(texts), self.source_limit(max_source)
@@ -433,6 +453,12 @@ def encode(self: Pair,
     return [torch.tensor([x], dtype=torch.int64, device=self.large.device) for x in ids]
 
 # %% ../nbs/06_pair.ipynb #f61333a7
+@patch
+def check_tokenizer(self: Pair):
+    "A `ValueError` without a tokenizer"
+    if self.tokenizer is not None: return
+    raise ValueError('this pair came without a tokenizer: save one in its folders')
+
 def check_texts(texts: list, names: list | None = None):
     "Raise a `ValueError` that counts the texts that are none"
     names = names or [f'text {i}' for i in range(len(texts))]
@@ -472,3 +498,51 @@ def translate(self: Pair,
         rows.append(out.sequences[0])
     with _tokenizing:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+# %% ../nbs/06_pair.ipynb #a7e5f57f
+@patch
+def prompt(self: Pair,
+           given # a text, or a list of messages
+          ) -> torch.Tensor: # (1, length) int64
+    "Token ids of a prompt"
+    self.check_tokenizer()
+    if not self.causal:
+        raise ValueError(f'{type(self.large.model).__name__} has an encoder and takes '
+                         'sources: use Pair.translate, or bild translate')
+    chat = not isinstance(given, str)
+    text = self.chat_text(given) if chat else given
+    check_texts([text], ['the prompt'])
+    with _tokenizing:
+        ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+    return torch.tensor([ids], dtype=torch.int64, device=self.large.device)
+
+@patch
+def chat_text(self: Pair, messages: list) -> str:
+    "Messages as the text that the tokenizer's chat template makes of them"
+    ok = isinstance(messages, list) and messages and all(
+        isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in messages)
+    if not ok:
+        raise ValueError(f'{messages!r}: give a text, or a list of messages like '
+                         "{'role': 'user', 'content': 'Hi'}")
+    if self.tokenizer.chat_template is None:
+        raise ValueError('the tokenizer has no chat template: give a text')
+    with _tokenizing:
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False)
+
+# %% ../nbs/06_pair.ipynb #0f08e88c
+@patch
+def generate(self: Pair,
+             prompts: list,            # of texts or lists of messages
+             policy=None,              # a `Policy` or its text; None: the pair's
+             max_new_tokens: int = 128 # longest continuation, in tokens
+            ) -> list[str]:            # what is written behind each prompt
+    "Continue texts, or answer messages, with a causal pair"
+    if isinstance(prompts, str): raise ValueError('give a list of prompts')
+    bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
+    made = []
+    for ids in [self.prompt(p) for p in prompts]:
+        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False)
+        made.append(out.sequences[0, ids.shape[1]:])
+    with _tokenizing:
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in made]
