@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_policy"],
             "decoder": ["Decoder"],
             "trace": ["BigLittleDecoder"],  # the one of `decode`, with pictures attached
+            "accept": ["Relative", "Ensemble", "Budget", "Rejection"],
             "pair": ["load_pair", "Pair"],
             "objectives": ["agreement"],
             "recipe": ["Recipe"],

@@ -76,8 +76,8 @@ class Relative(Region):
 @dataclass(frozen=True)
 class TokenV1(Region):
     "Keep what the small model finds about as likely as the large one its best"
-    alpha: float  # a difference of probabilities, at least -1
-    low, needs = dict(alpha=-1), BOTH
+    alpha: float  # a difference of probabilities, of either sign
+    low, needs = dict(alpha=-math.inf), BOTH
     def region(self, p, q): return q >= p.amax(-1, keepdim=True) - self.alpha
 
 @named('tokenv2')
@@ -93,8 +93,8 @@ class TokenV2(Region):
 @dataclass(frozen=True)
 class Chow(Region):
     "Keep where the small model is sure"
-    alpha: float  # a probability, at least -1
-    low, needs = dict(alpha=-1), BOTH
+    alpha: float  # a probability, or a difference of them, of either sign
+    low, needs = dict(alpha=-math.inf), BOTH
     def region(self, p, q): return q.amax(-1, keepdim=True) >= 1 - self.alpha
 
 @named('diff')
@@ -182,7 +182,8 @@ class Ensemble(Limits, AcceptRule):
 @dataclass(frozen=True)
 class LogEnsemble(Ensemble):
     "The same with the mean of logarithms, a normalised product"
-    def target(self, p, q): return chances(self.w*p.log() + (1 - self.w)*q.log())
+    def target(self, p, q):
+        return chances(torch.xlogy(self.w, p) + torch.xlogy(1 - self.w, q))
 
 # %% ../nbs/04_accept.ipynb #48b25502
 @named('lookahead')
@@ -194,8 +195,8 @@ class LookAhead(Limits, AcceptRule):
     low, whole = dict(w=1, h=0), ('w',)
     def keep(self, large, draft):
         g, w = draft.shape[-1], self.w
-        own = is_argmax(large, draft)
-        best = chances(large.logits[:, :g].float().topk(min(3, large.logits.shape[-1])).values)
+        own, z = is_argmax(large, draft), large.logits[:, :g].float()
+        best = chances(z.topk(min(3, z.shape[-1])).values)
         ahead = torch.stack([own.roll(-i, -1) for i in range(1, int(min(w, g)) + 1)])
         fits = torch.arange(g) + w < g
         return own | ahead.all(0) & fits & (entropy(best)[..., 0].cpu() >= self.h)
@@ -223,13 +224,15 @@ class Budget(Limits, AcceptRule):
         return Verdict(n[:, 0], large.token.gather(-1, n)[:, 0])
 
 # %% ../nbs/04_accept.ipynb #64a6944c
-def both(large: Scores, small: Tensor | None, draft: Draft) -> tuple:
-    "$p$ and $q$ at every position (rows, g + 1, vocabulary); $q$ is 0 behind a draft"
+def both(large: Scores, small: Tensor | None, draft: Draft, of=None) -> tuple:
+    "Target and $q$, (rows, g + 1, vocabulary) each; behind a draft $q$ is 0"
     p, g = chances(large.logits), draft.tokens.shape[-1]
-    q = torch.zeros_like(p)
-    if g: q[:, :g] = chances(small[:, :g])
-    there = torch.arange(g + 1) < draft.n[:, None]
-    return p, q*there.to(p.device)[..., None]
+    if not g: return p, torch.zeros_like(p)
+    there = (torch.arange(g) < draft.n[:, None]).to(p.device)[..., None]
+    drafted, q = chances(small[:, :g]), torch.zeros_like(p)
+    q[:, :g] = drafted*there
+    if of: p[:, :g] = torch.where(there, of.target(p[:, :g], drafted), p[:, :g])
+    return p, q
 
 def drawn(left: Tensor,  # (rows, g + 1, vocabulary) of what is written, not normalised
           p: Tensor,     # likewise, where rounding leaves nothing
@@ -256,8 +259,7 @@ class Rejection(AcceptRule):
     def content(self):
         return dict(super().content(), of=self.of and self.of.content())
     def judge(self, large, small, draft, state=None, draws=None):
-        (p, q), g = both(large, small, draft), draft.tokens.shape[-1]
-        if self.of and g: p[:, :g] = self.of.target(p[:, :g], q[:, :g])
+        (p, q), g = both(large, small, draft, self.of), draft.tokens.shape[-1]
         ratio = at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
         kept = (draws[:, :g, 1] < ratio).cumprod(-1).sum(-1)
         return drawn((p - q).clamp(min=0), p, torch.minimum(kept, draft.n), draws)
@@ -268,8 +270,7 @@ class Rejection(AcceptRule):
 class Block(Rejection):
     "Rejection of a whole draft at once: on average more of it stays (Sun et al.)"
     def judge(self, large, small, draft, state=None, draws=None):
-        (p, q), g = both(large, small, draft), draft.tokens.shape[-1]
-        if self.of and g: p[:, :g] = self.of.target(p[:, :g], q[:, :g])
+        (p, q), g = both(large, small, draft, self.of), draft.tokens.shape[-1]
         ratio = at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
         r = [torch.ones(len(ratio))]
         for one in ratio.unbind(-1): r.append((r[-1]*one).clamp(max=1))

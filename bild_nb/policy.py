@@ -80,7 +80,8 @@ class Rule:
     def __init_subclass__(cls):  # who decides in a way of its own is no parent's number
         own = vars(cls)
         if {'stop', 'last'} & own.keys():
-            cls.least, cls.reads_logits = own.get('least'), own.get('reads_logits', True)
+            cls.least = own.get('least')
+            cls.reads_logits = own.get('reads_logits', True)
         if {'keep', 'judge'} & own.keys(): cls.farthest = own.get('farthest')
 
 class DraftRule(Rule):
@@ -396,7 +397,7 @@ def __str__(self: Policy) -> str:
     return next((text for text in found if _read(text) == self), repr(self))
 
 # %% ../nbs/00_policy.ipynb #8365c3c3
-def parse_policy(text: str  # as `0.6,2`, `official:0.6,2`, `relative:fixed=5,1`, `large`
+def parse_policy(text: str  # `0.6,2`, `official:0.6,2`, `relative:fixed=5,1`, `large`
                 ) -> Policy:
     "The `Policy` that `text` names: fallback, then rollback; `inf` is a number"
     policy = _read(text.strip())
