@@ -7,6 +7,7 @@ _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_
             "decoder": ["Decoder"],
             "early": ["early_exit"],
             "trace": ["BigLittleDecoder"],  # the one of `decode`, with pictures attached
+            "accept": ["Relative", "Ensemble", "Budget", "Rejection"],
             "pair": ["load_pair", "Pair"],
             "objectives": ["agreement"],
             "recipe": ["Recipe"],

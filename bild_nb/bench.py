@@ -219,12 +219,12 @@ def stop(self: Replay, scores, place: Place):
     return torch.full_like(scores.token, ended, dtype=torch.bool)
 
 @patch
-def after(self: Replay, verdict, place: Place):
+def after(self: Replay, verdict, place: Place, draft):
     "As `DraftRule.after`: the next turn"
     return Place(place.turn + 1)
 
 @patch
-def judge(self: Replay, large, small, draft, place: Place, rng=None):
+def judge(self: Replay, large, small, draft, place: Place, draws=None):
     "As `AcceptRule.judge`"
     n = draft.n.clamp(max=self.now(place).kept)
     place.turn += 1

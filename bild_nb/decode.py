@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'Turn', 'Trace', 'Output', 'check_tokenizers', 'check_pair', 'check_kinds', 'common', 'BigLittleDecoder',
-           'Run', 'check_numbers', 'check_ids', 'check_mask', 'strip', 'cut', 'length_limit', 'check_prompt']
+           'Run', 'check_numbers', 'check_ids', 'check_mask', 'strip', 'cut', 'length_limit', 'find_draws',
+           'check_prompt']
 
 # %% ../nbs/02_decode.ipynb #def45e13
 import time, warnings
@@ -13,7 +14,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 from fastcore.basics import patch
-from .policy import Draft, ENDS, Policy, as_policy
+from .policy import Draft, Draws, ENDS, Policy, as_policy
 from .decoder import Cache, Model, Settings
 from .decoder import drafted, evaluating, same_threads, transfer, use_threads
 from .causal import joined, plain, unpad
@@ -168,6 +169,7 @@ class Run:
     draft_state: object = None  # of the policy's rules
     accept_state: object = None
     farthest: float | None = None  # of the policy; None: the rule is asked
+    draws: Draws | None = None     # None: nothing is drawn
 
 # %% ../nbs/02_decode.ipynb #62ceb01f
 @patch
@@ -175,10 +177,11 @@ def _ask_small(self: BigLittleDecoder, run: Run, new: list, most: int) -> tuple:
     "Tokens, confidences, the end, and the `Draft` if one was made"
     small, rule, policy = self.small, self.policy.draft, self.policy
     logits = policy.uses_large and 'small' in policy.accept.needs
-    if small.lists and rule.least is not None and not logits:
+    draws = run.draws and run.draws(len(run.tokens), most)[..., 0]
+    if small.lists and rule.least is not None and not logits and draws is None:
         return *small.draft_ids(run.small, new, run.small_at, rule.least, most), None
     draft = small.propose(run.small, self._row(new), [run.small_at],
-                          rule, run.draft_state, most, logits)
+                          rule, run.draft_state, most, logits, draws)
     tokens, confidence = draft.tokens[0].tolist(), draft.confidence[0].tolist()
     return tokens, confidence, ENDS[draft.end.item()], draft
 
@@ -197,7 +200,7 @@ def _draft(self: BigLittleDecoder, run: Run) -> tuple[Draft | None, Turn]:
     run.small_at += len(new) + passes - 1
     if turn.end == 'fallback' and 'forget_fallback' in self.policy.quirks:
         run.small_at -= 1 if n else len(new)
-    if turn.end == 'cap' and n == room: turn.end = 'limit'
+    if turn.end != 'eos' and n == room: turn.end = 'limit'
     run.trace.small_passes += passes
     run.trace.log += [f'S{len(new)}'] + ['S1']*(passes - 1)
     turn.small_ms = (time.perf_counter() - started)*1e3
@@ -225,8 +228,10 @@ def _ask_large(self: BigLittleDecoder, run: Run, new: list, draft, turn: Turn) -
     end = turn.end if turn.end in ENDS else 'cap'
     if draft is None: draft = drafted(turn.draft, turn.confidence, end)
     s = large.verify(run.large, self._row(new), [at], draft.tokens)
-    verdict = policy.judge(s, draft.logits, draft, run.accept_state)
-    if policy.uses_small: run.draft_state = policy.draft.after(verdict, run.draft_state)
+    draws = run.draws and run.draws(len(run.tokens), g + 1)
+    verdict = policy.judge(s, draft.logits, draft, run.accept_state, draws)
+    if policy.uses_small:
+        run.draft_state = policy.draft.after(verdict, run.draft_state, draft)
     lists = (x[0].tolist() for x in (s.token, s.confidence, s.nll))
     return *lists, verdict.n.item(), verdict.token.item()
 
@@ -350,6 +355,19 @@ def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
         warnings.warn(f'this pair has {most} positions: no text gets longer')
     return min(limit, most)
 
+# %% ../nbs/02_decode.ipynb #1260f542
+def find_draws(policy: Policy, seed: int | None, row: int) -> Draws | None:
+    "What a text is drawn with; None: its policy draws nothing"
+    for name, value in dict(seed=0 if seed is None else seed, row=row).items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole: raise ValueError(f'{name}={value!r}: give a whole number')
+    if row < 0: raise ValueError(f'row={row}: rows are counted from 0')
+    if policy.uses_large and policy.accept.samples:
+        if seed is None: seed = torch.randint(2**63 - 1, (), device='cpu').item()
+        return Draws(int(seed), int(row))
+    if seed is None: return None
+    raise ValueError(f'seed={seed}: the policy {policy} draws nothing, leave it out')
+
 # %% ../nbs/02_decode.ipynb #ea61570c
 @patch
 def generate(self: BigLittleDecoder,
@@ -358,12 +376,14 @@ def generate(self: BigLittleDecoder,
              max_new_tokens: int | None = None,  # None: the generation config's, or 128
              max_length: int | None = None,  # instead; counts the start token or prompt
              trace: bool = True,  # keep every turn; False: the counts only
+             seed: int | None = None,  # of rules that draw; None: torch gives one
+             row: int = 0,        # other rows of the same seed draw other numbers
              **unknown            # refused by name
             ) -> Output:
-    "Decode one source greedily; a `FloatingPointError` for NaN logits"
+    "Decode one source; a `FloatingPointError` for NaN logits"
     if unknown:
         raise TypeError(f'generate does not know {", ".join(unknown)}: '
-                        'it decodes greedily, with max_new_tokens or max_length')
+                        'it follows its policy, with max_new_tokens or max_length')
     started, models = time.perf_counter(), self._asked()
     settings = self._settings()
     input_ids, attention_mask = transfer(input_ids, attention_mask)
@@ -377,7 +397,8 @@ def generate(self: BigLittleDecoder,
                                   'by row')
     limit = length_limit(settings, max_new_tokens, max_length)
     told = Trace(tokenizer=self.large.tokenizer)
-    run = Run(list(settings.start), limit, settings, told)
+    draws = find_draws(self.policy, seed, row)
+    run = Run(list(settings.start), limit, settings, told, draws=draws)
     modules = [m.model for m in models.values() if not m.snapshot]
     with evaluating(*modules), same_threads():
         self._open(run, *strip(input_ids, attention_mask))

@@ -18,7 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 from fastcore.basics import patch
-from .policy import Draft, ENDS, Scores, score
+from .policy import Draft, ENDS, Scores, pick, score
 
 # %% ../nbs/01_decoder.ipynb #b070e9d6
 def special(model, name: str):
@@ -217,7 +217,8 @@ def propose(self: Model,
             rule,                 # a `DraftRule`
             state,                # the rule's state
             most: int,            # tokens of the draft, at least 1
-            logits: bool = False  # whether to keep the small model's logits
+            logits: bool = False, # whether to keep the small model's logits
+            draws=None            # (most) uniform numbers; None: the argmax is drafted
            ) -> Draft:
     "Propose tokens one by one"
     found, confidence, kept, end = [], [], [], 'cap'
@@ -225,15 +226,18 @@ def propose(self: Model,
     while len(found) < most and end == 'cap':
         s = self.verify(cache, tokens, [at], none)
         s = Scores(s.token[:, 0], s.confidence[:, 0], None, s.logits[:, 0])
-        p, stop = s.confidence.item(), rule.stop(s, state)
+        p, stop, token = s.confidence.item(), rule.stop(s, state), s.token
         confidence.append(p)
         if logits: kept.append(s.logits)
         if stop or p != p:
             end = 'fallback'
         else:
-            found.append(s.token.item())
+            if draws is not None:
+                token = pick(s.logits.float().softmax(-1), draws[:, len(found)])
+            found.append(token.item())
+            if rule.last(s, state): end = 'fallback'
             if found[-1] in cache.settings.eos: end = 'eos'
-        at, tokens = at + tokens.shape[1], s.token[:, None]
+        at, tokens = at + tokens.shape[1], token[:, None]
     logits = torch.stack(kept, 1) if logits else None
     return drafted(found, confidence, end, logits)
 

@@ -642,10 +642,11 @@ def verify(self: Engine, cache: EngineCache, tokens, at, draft) -> Scores:
 
 # %% ../nbs/10_engine.ipynb #b042b9fa
 @patch
-def propose(self: Engine, cache, tokens, at, rule, state, most, logits=False) -> Draft:
+def propose(self: Engine, cache, tokens, at, rule, state, most, logits=False,
+            draws=None) -> Draft:
     "As `Model.propose`"
-    if rule.least is None or logits:
-        return Model.propose(self, cache, tokens, at, rule, state, most, logits)
+    if rule.least is None or logits or draws is not None:
+        return Model.propose(self, cache, tokens, at, rule, state, most, logits, draws)
     ids, at = self._checked(cache, tokens, at), at[0]
     none = ids[:0]
     least = torch.tensor(rule.least, dtype=torch.float32, device='cpu').item()

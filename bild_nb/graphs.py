@@ -420,12 +420,12 @@ def verify(self: GraphEngine, cache: GraphCache, tokens, at, draft) -> Scores:
 
 # %% ../nbs/12_graphs.ipynb #c668c758
 @patch
-def propose(self: GraphEngine, cache, tokens, at, rule, state, most, logits=False
-           ) -> Draft:
+def propose(self: GraphEngine, cache, tokens, at, rule, state, most, logits=False,
+            draws=None) -> Draft:
     "As `Model.propose`: one wait a step, with the next step on its way"
-    slow = rule.least is None and rule.reads_logits
-    if slow or logits or tokens.shape[1] > self.most:
-        return Model.propose(self, cache, tokens, at, rule, state, most, logits)
+    slow = logits or draws is not None or rule.least is None and rule.reads_logits
+    if slow or tokens.shape[1] > self.most:
+        return Model.propose(self, cache, tokens, at, rule, state, most, logits, draws)
     b, first, ready = cache.buffers, at[0] + tokens.shape[1] - 1, 0
     groups, started = deque([(1, self._send(cache, tokens.cpu(), at, most))]), 1
     found, confidence, end, ring = [], [], 'cap', b.outbox[0].numpy()
@@ -440,18 +440,21 @@ def propose(self: GraphEngine, cache, tokens, at, rule, state, most, logits=Fals
             ready += n
         token, p = ring[(first + len(found)) % RING, :2].tolist()
         confidence.append(p)
-        if p != p or _refused(rule, state, token, p): end = 'fallback'
+        stop, last = _asked(rule, state, token, p)
+        if stop or p != p: end = 'fallback'
         else:
             found.append(int(token))
+            if last: end = 'fallback'
             if found[-1] in cache.settings.eos: end = 'eos'
     cache.length = first + len(confidence)
     return drafted(found, confidence, end)
 
-def _refused(rule, state, token: float, p: float) -> bool:
-    "Whether a draft ends before `token`"
-    if rule.least is not None: return p < np.float32(rule.least)
+def _asked(rule, state, token: float, p: float) -> tuple:
+    "Whether a draft ends before `token`, and whether it ends after it"
+    if rule.least is not None: return p < np.float32(rule.least), False
     token, p = torch.tensor([int(token)]), torch.tensor([p], dtype=torch.float32)
-    return bool(rule.stop(Scores(token, p, None, None), state))
+    s = Scores(token, p, None, None)
+    return bool(rule.stop(s, state)), bool(rule.last(s, state))
 
 # %% ../nbs/12_graphs.ipynb #5c0ac1a2
 @patch

@@ -638,10 +638,11 @@ def draft_ids(self: NativeEngine,
 
 # %% ../nbs/11_native.ipynb #4b7c7842
 @patch
-def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=False):
+def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=False,
+            draws=None):
     "As `Model.propose`"
-    if rule.least is None or logits:
-        return Model.propose(self, cache, tokens, at, rule, state, most, logits)
+    if rule.least is None or logits or draws is not None:
+        return Model.propose(self, cache, tokens, at, rule, state, most, logits, draws)
     ids = as_ids(tokens)[0].tolist()
     return drafted(*self.draft_ids(cache, ids, at[0], rule.least, index(most)))
 

@@ -488,13 +488,15 @@ def translate(self: Pair,
               texts: list[str],              # source texts
               policy=None,                   # a `Policy` or its text; None: the pair's
               max_new_tokens: int = 128,     # longest output, in tokens
-              max_source: int | None = None  # longest source, as of `encode`
+              max_source: int | None = None, # longest source, as of `encode`
+              seed: int | None = None        # of a policy that draws
              ) -> list[str]:
     "Translate (or summarize, or whatever the pair was trained for) `texts`"
     if policy is None: policy = self.policy
     bild, rows = BigLittleDecoder(self.large, self.small, policy), []
-    for ids in self.encode(texts, max_source):
-        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False)
+    for i, ids in enumerate(self.encode(texts, max_source)):
+        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False,
+                            seed=seed, row=i)
         rows.append(out.sequences[0])
     with _tokenizing:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
