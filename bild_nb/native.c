@@ -173,6 +173,11 @@ static void norm(const float *x, const float *w, int k, int d, float eps, float 
 
 #define FETCH(at) __builtin_prefetch((const char *)v + (at), 0, 2); /* into the second cache */
 #define AHEAD if (R > FEW) { FETCH(16384) FETCH(16448) }
+/* where R results will lie: asked for before the sums begin, for a miss takes as long as many of these */
+#define RESULTS(out) if (R > FEW) UNROLL for (int r = 0; r < R; r++) { \
+        __builtin_prefetch(y + r*(out), 1); \
+        __builtin_prefetch(y + r*(out) + PANEL/2, 1); \
+    }
 
 /* What comes out of a panel, for `rows` rows of which `cols` outputs count. (It is a function of its own:
    inlined, it makes GCC keep fewer of the sums in registers.) */
@@ -194,6 +199,7 @@ INLINE void panel32(const int R, const float *w, const float *x, const long row,
     V acc[MOST][PARTS];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = (V){0};
+    RESULTS(out)
     for (int i = 0; i < in; i++, x += next) { /* fp32 */
         const V *v = (const V *)(w + (long)i*PANEL);
         AHEAD
@@ -290,6 +296,7 @@ INLINE void panel8(const int R, const Matrix *m, int first, const Word *x, const
     I acc[MOST][PARTS];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = (I){0};
+    RESULTS((long)m->out)
     for (int i = 0; i < groups; i++, x += next) {
         const In *v = (const In *)(w + (long)i*PANEL*4);
         AHEAD
