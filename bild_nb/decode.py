@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .policy import Draft, Draws, ENDS, Policy, as_policy
 from .decoder import Cache, Model, Settings
 from .decoder import drafted, evaluating, same_threads, transfer, use_threads
-from .causal import joined, plain, unpad
+from .causal import joined, plain_model, unpad
 
 # %% ../nbs/02_decode.ipynb #72d6cf6e
 @dataclass
@@ -148,8 +148,8 @@ class BigLittleDecoder:
                  small,       # likewise, with the same vocabulary
                  policy=None  # a `Policy`, its text, or None: `Policy.bild(0.6, 2)`
                 ):
-        if not isinstance(large, Model): large = plain(large)
-        if not isinstance(small, Model): small = plain(small)
+        if not isinstance(large, Model): large = plain_model(large)
+        if not isinstance(small, Model): small = plain_model(small)
         self.large, self.small = large, small
         self.policy, self._known = as_policy(policy), (None, None, None)
         check_pair(self.large, self.small)

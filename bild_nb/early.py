@@ -31,7 +31,8 @@ def layers_path(model) -> tuple: # like `model.layers`, and how many there are
 def shell(module: Module, layers: int) -> Module:
     "A module that holds what another holds, with a config of `layers` decoder layers"
     twin = copy.copy(module)
-    twin._modules = dict(module._modules)
+    own = {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, dict)}
+    vars(twin).update(own)  # its parts and hooks, so that one may change alone
     if hasattr(module, 'config'):
         twin.config = copy.deepcopy(module.config)
         config, depth = decoder_config(twin.config)

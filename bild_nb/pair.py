@@ -52,7 +52,7 @@ BACKENDS = dict(
     engine=Backend('bild_nb.engine:Engine', 'bild_nb.engine:unsupported', int8=True),
     graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.engine:unsupported',
                    auto=('cuda',)),
-    plain=Backend('bild_nb.causal:plain', auto=None))
+    plain=Backend('bild_nb.causal:plain_model', auto=None))
 
 # %% ../nbs/06_pair.ipynb #610f1bd7
 def fastest(model, tokenizer=None, int8: bool = False) -> Model:
