@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BOTH', 'chances', 'entropy', 'at', 'Limits', 'Region', 'Relative', 'TokenV1', 'TokenV2', 'Chow', 'Diff', 'OPT',
-           'Typical', 'TypicalNats', 'TopK', 'KL', 'Ensemble', 'LogEnsemble', 'LookAhead', 'Budget', 'both', 'drawn',
-           'Rejection', 'Block', 'Entropy', 'Margin', 'Survival', 'Adaptive']
+           'Typical', 'TypicalNats', 'TopK', 'KL', 'drafted', 'both', 'Ensemble', 'LogEnsemble', 'LookAhead', 'Budget',
+           'drawn', 'Rejection', 'Block', 'Entropy', 'Margin', 'Survival', 'Adaptive']
 
 # %% ../nbs/04_accept.ipynb #3f47d60c
 import math
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from .policy import AcceptRule, Draft, DraftRule, Scores, Verdict
 from .policy import check, is_argmax, named, pick
 
@@ -158,6 +159,21 @@ class KL(Region):
         unsure = p.amax(-1, keepdim=True) <= .9
         return unsure & (terms.sum(-1, keepdim=True) <= self.tau)
 
+# %% ../nbs/04_accept.ipynb #d73eb51f
+def drafted(draft: Draft) -> Tensor: # (rows, g) bool
+    "Where a row's draft has a token: others of the batch may be longer"
+    return torch.arange(draft.tokens.shape[-1]) < draft.n[:, None]
+
+def both(large: Scores, small: Tensor | None, draft: Draft, of=None) -> tuple:
+    "Target and $q$, (rows, g + 1, vocabulary) each; behind a draft $q$ is 0"
+    p, g = chances(large.logits), draft.tokens.shape[-1]
+    if not g: return p, torch.zeros_like(p)
+    there, own = drafted(draft).to(p.device)[..., None], chances(small[:, :g])
+    q = torch.zeros_like(p)
+    q[:, :g] = own*there
+    if of: p[:, :g] = torch.where(there, of.target(p[:, :g], own), p[:, :g])
+    return p, q
+
 # %% ../nbs/04_accept.ipynb #f429727c
 @named('ensemble')
 @dataclass(frozen=True)
@@ -166,16 +182,11 @@ class Ensemble(Limits, AcceptRule):
     w: float  # the large model's weight, from 0 to 1
     low, high, needs = dict(w=0), dict(w=1), BOTH
     def target(self, p, q): return self.w*p + (1 - self.w)*q
-    def mixed(self, large, small): # (rows, g) tokens of the mean
-        p = chances(large.logits[:, :small.shape[1]])
-        return self.target(p, chances(small)).argmax(-1).cpu()
     def keep(self, large, draft, small): return is_argmax(large, draft)
     def judge(self, large, small, draft, state=None, draws=None):
-        if g := draft.tokens.shape[-1]:
-            own = self.mixed(large, small[:, :g])
-            there = torch.arange(g) < draft.n[:, None]
-            own = torch.where(there, own, large.token[:, :g])
-            large = large._replace(token=torch.cat([own, large.token[:, g:]], -1))
+        g = draft.tokens.shape[-1]
+        mean = both(large, small, draft, self)[0][:, :g].argmax(-1).cpu()
+        large = large._replace(token=torch.cat([mean, large.token[:, g:]], -1))
         return super().judge(large, small, draft, state, draws)
 
 @named('log-ensemble')
@@ -194,15 +205,13 @@ class LookAhead(Limits, AcceptRule):
     h: float  # nats, at least 0; three tokens have at most ln 3
     low, whole = dict(w=1, h=0), ('w',)
     def keep(self, large, draft):
-        g, w = draft.shape[-1], self.w
-        own, z = is_argmax(large, draft), large.logits[:, :g].float()
+        own, g = is_argmax(large, draft), draft.shape[-1]
+        w, z = int(min(self.w, g)), large.logits[:, :g].float()
         best = chances(z.topk(min(3, z.shape[-1])).values)
-        ahead = torch.stack([own.roll(-i, -1) for i in range(1, int(min(w, g)) + 1)])
-        fits = torch.arange(g) + w < g
-        return own | ahead.all(0) & fits & (entropy(best)[..., 0].cpu() >= self.h)
+        ahead = pad(own, (0, w))[:, 1:].unfold(-1, w, 1).all(-1)
+        return own | ahead & (entropy(best)[..., 0].cpu() >= self.h)
     def judge(self, large, small, draft, state=None, draws=None):
-        there = torch.arange(draft.tokens.shape[-1]) < draft.n[:, None]
-        tokens = draft.tokens.masked_fill(~there, -1)  # padding agrees with nobody
+        tokens = draft.tokens.masked_fill(~drafted(draft), -1)  # agrees with nobody
         return super().judge(large, small, replace(draft, tokens=tokens), state, draws)
 
 # %% ../nbs/04_accept.ipynb #c197eee3
@@ -224,16 +233,6 @@ class Budget(Limits, AcceptRule):
         return Verdict(n[:, 0], large.token.gather(-1, n)[:, 0])
 
 # %% ../nbs/04_accept.ipynb #64a6944c
-def both(large: Scores, small: Tensor | None, draft: Draft, of=None) -> tuple:
-    "Target and $q$, (rows, g + 1, vocabulary) each; behind a draft $q$ is 0"
-    p, g = chances(large.logits), draft.tokens.shape[-1]
-    if not g: return p, torch.zeros_like(p)
-    there = (torch.arange(g) < draft.n[:, None]).to(p.device)[..., None]
-    drafted, q = chances(small[:, :g]), torch.zeros_like(p)
-    q[:, :g] = drafted*there
-    if of: p[:, :g] = torch.where(there, of.target(p[:, :g], drafted), p[:, :g])
-    return p, q
-
 def drawn(left: Tensor,  # (rows, g + 1, vocabulary) of what is written, not normalised
           p: Tensor,     # likewise, where rounding leaves nothing
           n: Tensor,     # (rows) tokens that stay
@@ -256,12 +255,12 @@ class Rejection(AcceptRule):
     def __post_init__(self):
         if self.of is None or hasattr(self.of, 'target'): return
         raise ValueError(f'{self.of!r} has no distribution that could be drawn from')
-    def content(self):
-        return dict(super().content(), of=self.of and self.of.content())
-    def judge(self, large, small, draft, state=None, draws=None):
+    def compared(self, large, small, draft):
         (p, q), g = both(large, small, draft, self.of), draft.tokens.shape[-1]
-        ratio = at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
-        kept = (draws[:, :g, 1] < ratio).cumprod(-1).sum(-1)
+        return p, q, at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
+    def judge(self, large, small, draft, state=None, draws=None):
+        p, q, ratio = self.compared(large, small, draft)
+        kept = (draws[:, :-1, 1] < ratio).cumprod(-1).sum(-1)
         return drawn((p - q).clamp(min=0), p, torch.minimum(kept, draft.n), draws)
 
 # %% ../nbs/04_accept.ipynb #2ff75d92
@@ -270,16 +269,15 @@ class Rejection(AcceptRule):
 class Block(Rejection):
     "Rejection of a whole draft at once: on average more of it stays (Sun et al.)"
     def judge(self, large, small, draft, state=None, draws=None):
-        (p, q), g = both(large, small, draft, self.of), draft.tokens.shape[-1]
-        ratio = at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
-        r = [torch.ones(len(ratio))]
+        p, q, ratio = self.compared(large, small, draft)
+        r = [torch.ones(len(draft.n))]
         for one in ratio.unbind(-1): r.append((r[-1]*one).clamp(max=1))
-        r, place = torch.stack(r, -1), torch.arange(g + 1)
+        r, place = torch.stack(r, -1), torch.arange(len(r))
         left = (r.to(p.device)[..., None]*p - q).clamp(min=0)
         s = left.sum(-1).cpu()
         h = torch.where(place == draft.n[:, None], r, s/(s + 1 - r))
-        stays = (draws[:, :g, 1] < h[:, 1:]) & (place[1:] <= draft.n[:, None])
-        n = torch.where(stays, place[1:], 0).amax(-1) if g else draft.n
+        stays = (draws[:, :-1, 1] < h[:, 1:]) & drafted(draft)
+        n = torch.where(torch.cat([r[:, :1] > 0, stays], -1), place, 0).amax(-1)
         return drawn(left, p, n, draws)
 
 # %% ../nbs/04_accept.ipynb #61ad9d8b

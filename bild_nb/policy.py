@@ -76,7 +76,9 @@ class Rule:
         "The rule's state at the start of `rows` texts; None: it has none"
     def content(self) -> dict:
         "The rule's name and its numbers: what makes it this rule and no other"
-        return dict(rule=type(self).__name__, **vars(self))
+        def plain(x): return x.content() if isinstance(x, Rule) else x
+        own = {name: plain(x) for name, x in vars(self).items()}
+        return dict(rule=type(self).__name__, **own)
     def __init_subclass__(cls):  # who decides in a way of its own is no parent's number
         own = vars(cls)
         if {'stop', 'last'} & own.keys():
