@@ -1,11 +1,12 @@
-"Write README.md from nbs/index.ipynb without Quarto; with --check, fail where the two differ."
+"Write README.md from nbs/index.ipynb without Quarto, and llms.txt from the sidebar; with --check, fail where they differ."
 import re, sys
 from pathlib import Path
 
-import nbformat
+import nbformat, yaml
 from execnb.nbio import nb2str, read_nb
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
+from nbdev.doclinks import nbglob
 from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
 
@@ -32,6 +33,27 @@ def render(path):
     return re.sub(r"[ \t]+$", "", re.sub(r"\n{3,}", "\n\n", text), flags=re.M).strip() + "\n"
 
 
-readme, new = cfg.config_path / "README.md", render(cfg.nbs_path / cfg.readme_nb)
-if "--check" not in sys.argv: readme.write_text(new, encoding="utf-8")
-elif readme.read_text(encoding="utf-8") != new: sys.exit("README.md is not what index.ipynb gives: run .ci/readme.py")
+def described(name):
+    "The line of a page for programs that read: its title, its address, what it is about."
+    first = nbformat.read(cfg.nbs_path / name, 4).cells[0].source
+    title, about = (re.search(rf"^{mark} (.*)$", first, re.M)[1].strip() for mark in ("#", ">"))
+    page = re.sub(r"(^|/)\d+[a-z]*_", r"\1", name).replace(".ipynb", ".html")  # nbdev drops numbers
+    return f"- [{title}]({cfg.doc_host}{cfg.doc_baseurl}/{page}): {about}"
+
+
+def llms():
+    "llms.txt: every page, in the order of the sidebar, which must have each once."
+    sections = yaml.safe_load((cfg.nbs_path / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    listed = [name for section in sections for name in section["contents"]]
+    there = {str(Path(f).relative_to(cfg.nbs_path)) for f in nbglob(cfg.nbs_path)}
+    if wrong := sorted(there ^ set(listed)) or len(listed) - len(set(listed)):
+        sys.exit(f"nbs/sidebar.yml and the notebooks differ: {wrong}")
+    parts = [f"# {cfg.title}\n\n> {cfg.description}\n"]
+    parts += [f"## {s['section']}\n\n" + "\n".join(map(described, s["contents"])) + "\n" for s in sections]
+    return "\n".join(parts)
+
+
+made = {cfg.config_path / "README.md": render(cfg.nbs_path / cfg.readme_nb), cfg.nbs_path / "llms.txt": llms()}
+for file, new in made.items():
+    if "--check" not in sys.argv: file.write_text(new, encoding="utf-8")
+    elif not file.exists() or file.read_text(encoding="utf-8") != new: sys.exit(f"{file.name} is not what the notebooks give: run .ci/readme.py")

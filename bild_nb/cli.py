@@ -166,7 +166,8 @@ def turns(trace, tokenizer) -> dict: # for `as_record`
 def counted(traces: list) -> str:
     "One line of counts of some texts"
     from bild_nb.trace import summary, total
-    return f'{len(traces)} texts: {summary(total(traces))}'
+    n = len(traces)
+    return f'{n} text{"s"*(n != 1)}: {summary(total(traces))}'
 
 # %% ../nbs/90_cli.ipynb #0af4a4e2
 @command('bild translate "Klicken Sie auf OK." --show-trace')

@@ -85,8 +85,8 @@ def next_steps(data: str,
     target = ['--target-column', task.target] if task.target else []
     steps = [
         ['calibrate', *read, '--large', large, '--out', out/'calibration'],
-        ['align', '--calibration', out/'calibration', '--small', small,
-         '--out', aligned],
+        ['align', '--calibration', out/'calibration', '--large', large,
+         '--small', small, '--out', aligned],
         ['tune', *read, *target, '--large', large, '--small', aligned,
          '--max-drop', '0.5', '--out', out/'tuned'],
         ['translate', '-', '--large', large, '--small', aligned]]

@@ -287,10 +287,10 @@ def shares_table(report: Report, task: str) -> Table:
     published = any(source for *_, paper, reproduction in shown
                     for source in (paper, reproduction))
     for kind, policy, *public in shown:
-        known = [number(source.get(key), 1) for source in public
+        known = [number(source.get(key), 1) for source in (public if published else ())
                  for key in ('fallback_pct', 'rollback_pct')]
-        names = [system(kind, policy), thresholds(policy), *(known if published else [])]
-        rows.append(names + our_shares(found.get((kind, policy))))
+        names = system(kind, policy), thresholds(policy)
+        rows.append([*names, *known, *our_shares(found.get((kind, policy)))])
     columns = ['system', 'fallback, rollback'] + (PUBLIC_SHARES if published else [])
     title = f'{task}: fallbacks and rollbacks'
     return Table(title, columns + OUR_SHARES, rows, [COUNTED])
