@@ -19,7 +19,7 @@ from .policy import ENDS
 # %% ../nbs/11c_rows.ipynb #6ca7fab1
 @patch
 def _reserve(self: NativeEngine, cache: NativeCache, k: int, at: int, more: int):
-    "Make room for `k` tokens at `at` and `more` behind them; a `ValueError` if it cannot"
+    "Make room for `k` tokens at `at`, and for `more` behind them"
     if cache.weights is not self.weights:
         raise ValueError('this text was opened by another model')
     check_position(at, cache.length)
@@ -86,8 +86,8 @@ def draft_rows(self: NativeEngine,
     drafts = (Drafting*len(ids))(*[
         (part, m, *map(ctypes.addressof, both))
         for part, m, both in zip(parts, most, zip(found, sure))])
-    code = self.lib.propose_rows(self.at[1], ctypes.byref(text), len(ids), drafts, parts,
-                                 float(least))
+    code = self.lib.propose_rows(self.at[1], ctypes.byref(text), len(ids), drafts,
+                                 parts, float(least))
     if code: raise self._refusal(code, ids, self.words)
     return [_drafted(*row) for row in zip(caches, ids, at, drafts, found, sure)]
 
