@@ -113,6 +113,7 @@ class Model:
     backend = 'plain'  # with the reason where a faster one was not possible
     snapshot = False   # whether passes use copies of the weights, not the modules
     lists = False      # whether it has `draft_ids` and `judge_ids` (see `NativeEngine`)
+    rows = False       # whether it has `draft_rows` and `judge_rows` as well
     threads = None     # of a CPU, for this model's passes; None: torch's own number
     def __init__(self,
                  model,          # a transformers model

@@ -48,7 +48,7 @@ class Backend:
 # %% ../nbs/06_pair.ipynb #4890543a
 BACKENDS = dict(
     auto=None,  # the first of the others that can run a model
-    native=Backend('bild_nb.native:NativeEngine', 'bild_nb.native:unusable', int8=True),
+    native=Backend('bild_nb.rows:NativeEngine', 'bild_nb.native:unusable', int8=True),
     engine=Backend('bild_nb.engine:Engine', 'bild_nb.engine:unsupported', int8=True),
     graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.engine:unsupported',
                    auto=('cuda',)),

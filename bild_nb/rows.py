@@ -133,3 +133,6 @@ def _judged(caches, ids, at, g, found, kept) -> list:
         rows.append((token, sure, far[:n], stay))
         start = end
     return rows
+
+# %% ../nbs/11c_rows.ipynb #2f4eb45c
+NativeEngine.rows = True
