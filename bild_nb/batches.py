@@ -112,9 +112,9 @@ def lattice(self:Cuts,
 # %% ../nbs/20c_batches.ipynb #e55b2390
 @patch
 def cut(self:Cuts,
-    word:str,
-    rng:random.Random,
-)->list[int]: # ids
+    word:str,           # with the mark before it
+    rng:random.Random,  # draws the cut
+)->list[int]:           # ids
     "One cut of `word`"
     end, ids, ways = len(word), [], self.lattice(word)
     while end:
@@ -144,11 +144,11 @@ def __call__(self:Cuts,
 class Noise:
     "A row with its source cut at random and some tokens hidden"
     def __init__(self,
-        tokenizer, # with `<unk>`
-        sample:float=0., # share of the sources that are cut at random
-        drop:float=0., # share of the tokens hidden from encoder and decoder
-        seed:int=0,
-        longest:int|None=None, # longest source, in tokens; None: any
+        tokenizer,              # with `<unk>`
+        sample:float=0.,        # share of the sources that are cut at random
+        drop:float=0.,          # share of the tokens hidden from encoder and decoder
+        seed:int=0,             # of all draws
+        longest:int|None=None,  # longest source, in tokens; None: any
     ):
         self.sample, self.drop, self.seed = sample, drop, seed
         self.longest, self.cuts = longest or math.inf, sample and Cuts(tokenizer)
@@ -158,7 +158,10 @@ class Noise:
             raise ValueError('hidden words become <unk>, and the vocabulary has none: '
                              'set drop_tokens to 0')
 
-    def hides(self, token, rng):
+    def hides(self,
+              token,  # its id
+              rng     # draws
+             ):
         return token not in self.apart and rng.random() < self.drop
 
     def __call__(self, source, labels, epoch, row): # what a collator takes

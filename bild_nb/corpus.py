@@ -160,7 +160,9 @@ def unigram(): # a `tokenizers.Tokenizer` without vocabulary
 # %% ../nbs/20_corpus.ipynb #d3531574
 UNREAD = set('\t\n\r\0')  # characters that SentencePiece's tables cannot hold
 
-def word_counts(tok, texts)->Counter:
+def word_counts(tok,   # a tokenizer of `tokenizers`
+                texts  # what is counted
+               )->Counter:
     "How often each word comes, as the tokenizer cuts texts into words"
     counts = Counter()
     for text in texts:

@@ -17,7 +17,7 @@ from .pair import online
 
 # %% ../nbs/29_data.ipynb #50350f08
 def paths(
-    schema: pa.Schema,
+    schema: pa.Schema,  # of a table
 ) -> list: # `column`, or `column.part` for each part of a column of dictionaries
     "The names of all columns"
     found = []
@@ -27,8 +27,8 @@ def paths(
     return found
 
 def along(
-    table: pa.Table,
-    path: str,
+    table: pa.Table,  # of any columns
+    path: str,        # `column` or `column.part`
 ) -> pa.ChunkedArray:
     "The column at a path"
     if path in table.column_names: return table[path]
@@ -37,9 +37,9 @@ def along(
 
 # %% ../nbs/29_data.ipynb #11767981
 def texts_at(
-    part: Part,
-    path: str,
-) -> pa.ChunkedArray: # texts or null
+    part: Part,        # the table with its places
+    path: str,         # `column` or `column.part`
+) -> pa.ChunkedArray:  # texts or null
     "A column of texts; a `ValueError` names the first cell that is none"
     column = along(part.table, path)
     if is_texts(column.type): return column.cast(pa.string())
@@ -92,8 +92,8 @@ def said(
 # %% ../nbs/29_data.ipynb #4dd37cad
 def attempts(
     where: str,          # a folder, or a hub id
-    config: str | None,
-) -> list: # pairs: a name, arguments of `load_dataset`
+    config: str | None,  # of the data set; None: it has one
+) -> list:               # pairs: a name, arguments of `load_dataset`
     "What is tried, in this order"
     inner = [d for d in dict.fromkeys((config, 'default')) if d]
     if Path(where).is_dir():
@@ -110,9 +110,9 @@ def attempts(
 # %% ../nbs/29_data.ipynb #b0673aff
 def in_folder(
     where: str,          # a folder
-    split: str,
-    config: str | None,
-) -> tuple: # its files of the split, what they are
+    split: str,          # its name
+    config: str | None,  # of the data set; None: it has one
+) -> tuple:              # its files of the split, what they are
     "The files of a local folder; a `ValueError` says what was looked for"
     from datasets import load_dataset_builder
     tried = []
@@ -156,9 +156,9 @@ def offline(
 # %% ../nbs/29_data.ipynb #eca4b48a
 def on_hub(
     where: str,          # a hub id
-    split: str,
-    config: str | None,
-) -> tuple: # a `datasets.Dataset`, what it is
+    split: str,          # its name
+    config: str | None,  # of the data set; None: it has one
+) -> tuple:              # a `datasets.Dataset`, what it is
     "A data set of the hub, or of its cache"
     from datasets import load_dataset
     tried, reachable = [], offline(where, 'dataset') or online()
@@ -176,9 +176,9 @@ def on_hub(
 
 # %% ../nbs/29_data.ipynb #ab44f90b
 def on_disk(
-    where: str,   # a folder that `save_to_disk` wrote
-    split: str,
-): # a `datasets.Dataset`
+    where: str,  # a folder that `save_to_disk` wrote
+    split: str,  # its name
+):               # a `datasets.Dataset`
     "A saved data set"
     from datasets import load_from_disk
     try: found = load_from_disk(where)
@@ -209,8 +209,8 @@ def kind_of(
 # %% ../nbs/29_data.ipynb #b9eb106f
 def sources(
     data: str,                  # as --data has it
-    split: str = 'train',
-    config: str | None = None,
+    split: str = 'train',       # its name
+    config: str | None = None,  # of the data set; None: it has one
 ) -> tuple: # files and `datasets.Dataset`s; where they come from, as text
     "What there is to be read"
     kind = kind_of(data)
@@ -307,10 +307,10 @@ def together(parts: list) -> dict:
 
 # %% ../nbs/29_data.ipynb #e659d3c3
 def own_ids(
-    parts: list,
-    name: str = '',      # the column; '': `id`, if it has texts
-    needed: bool = True, # a named one
-): # an Arrow array
+    parts: list,          # of one data set
+    name: str = '',       # the column; '': `id`, if it has texts
+    needed: bool = True,  # a named one
+):                        # an Arrow array
     "The data's own ids, or row numbers; a `ValueError` where a named column has none"
     try: return id_column(parts, name or 'id', bool(name))
     except ValueError:
@@ -318,7 +318,10 @@ def own_ids(
     n = sum(len(part.table) for part in parts)
     return pa.array(np.arange(n)).cast(pa.string())
 
-def id_column(parts: list, name: str, numbers: bool) -> pa.ChunkedArray:
+def id_column(parts: list,   # of one data set
+              name: str,     # of the column
+              numbers: bool  # whether numbers will do
+             ) -> pa.ChunkedArray:
     "A column as ids; a `ValueError` says why it is none"
     for part in parts:
         have = paths(part.table.schema)

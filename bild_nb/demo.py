@@ -87,10 +87,10 @@ def translate_all(pair,              # whose tokenizer is used
 
 # %% ../nbs/89_demo.ipynb #ff41c46a
 def system_row(name: str,        # of the system
-               policy: str,
+               policy: str,      # its text
                found: list,      # what `measure` gave for its texts
                large: list,      # and for those of the large model
-               tokenizer,
+               tokenizer,        # of the pair
                references: list  # texts
               ) -> dict:         # as `bild demo --json` prints it
     "One row of the table"
@@ -114,12 +114,14 @@ COLUMNS = {'system': '{system}', 'thresholds': '{policy}', 'BLEU': '{bleu:.1f}',
            'large passes / token': '{large_passes_per_token:.2f}',
            'ms / token': '{ms_per_token:.2f}'}
 
-def cells(row: dict) -> list:
+def cells(row: dict  # of `system_row`
+         ) -> list:
     "A row as texts, in the order of `COLUMNS`"
     return [shown.format(**row) for shown in COLUMNS.values()]
 
 # %% ../nbs/89_demo.ipynb #edf9028f
-def hardware(pair) -> str:
+def hardware(pair  # whose threads are told
+            ) -> str:
     "The machine in a line"
     device = pair.large.device
     gpu = [torch.cuda.get_device_name(device)] if device.type == 'cuda' else []
@@ -130,7 +132,9 @@ def hardware(pair) -> str:
     return ', '.join([*gpu, f'{os.cpu_count()} CPUs', f'threads: {threads}',
                       f'torch {torch.__version__}', f'backend: {backends}'])
 
-def footnotes(pair, n: int) -> list:
+def footnotes(pair,   # whose models write
+              n: int  # texts
+             ) -> list:
     "What must be known to read the table"
     bleu = BLEU()
     bleu.corpus_score(['a'], [['a']])  # a signature needs a score
@@ -160,7 +164,8 @@ def terminal_table(rows: list): # a `rich.table.Table`
     return table
 
 # %% ../nbs/89_demo.ipynb #46a4542e
-def point(row: dict) -> Point:
+def point(row: dict  # of `system_row`
+         ) -> Point:
     "Where a row stands in the picture; BiLD with its thresholds"
     name = row['system']
     if not name.startswith('BiLD'):
@@ -179,17 +184,18 @@ def picture(rows: list # of `system_row`; the large and the small model first
 # %% ../nbs/89_demo.ipynb #fdc4ebb4
 TRACES = 5
 
-def shown_system(systems: dict) -> str:
+def shown_system(systems: dict  # of `compared`
+                ) -> str:
     "The system whose traces are shown: the first of the last pair"
     names = [name for name in systems if name.startswith('BiLD')] or ['large']
     small = systems[names[-1]].small
     return next(name for name in names if systems[name].small is small)
 
-def examples_html(pair,
-                  bild: BigLittleDecoder, # who writes
-                  rows: list,
-                  large: list,            # what `measure` gave for the large model
-                  new: int = 128          # most tokens
+def examples_html(pair,                    # whose models write
+                  bild: BigLittleDecoder,  # who writes
+                  rows: list,              # of `sample`
+                  large: list,             # what `measure` gave for the large model
+                  new: int = 128           # most tokens
                  ) -> str:
     "The first examples, with the large model's text beside BiLD's trace"
     ids = pair.encode([r['source'] for r in rows[:TRACES]])
@@ -225,7 +231,8 @@ the two models alone.</figcaption></figure>
 {examples}""")
 
 # %% ../nbs/89_demo.ipynb #97c3c138
-def check_folder(out: Path):
+def check_folder(out: Path  # of the page
+                ):
     "Refuse a folder in which nothing can be written"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -234,7 +241,7 @@ def check_folder(out: Path):
         raise ValueError(f'{out} cannot be written ({e.strerror}): name another folder '
                          'with --out') from e
 
-def run_demo(pair,
+def run_demo(pair,              # whose models write
              systems: dict,     # of `compared`
              rows: list,        # of `sample`
              out: Path,         # of the page

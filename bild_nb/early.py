@@ -12,7 +12,8 @@ from torch.nn import Module, ModuleList
 # %% ../nbs/01c_early.ipynb #cef16b74
 DEPTH = 'num_decoder_layers', 'decoder_layers', 'num_hidden_layers'  # the first it has
 
-def decoder_config(config):
+def decoder_config(config  # of the model
+                  ):
     "The part of a config that says how deep the decoder is, and what it calls that"
     if not config.is_encoder_decoder: config = config.get_text_config(decoder=True)
     names = (name for name in DEPTH if type(getattr(config, name, None)) is int)
@@ -28,7 +29,9 @@ def layers_path(model) -> tuple: # like `model.layers`, and how many there are
     raise ValueError(f'{type(model).__name__} has no list of {deep} decoder layers')
 
 # %% ../nbs/01c_early.ipynb #58095155
-def shell(module: Module, layers: int) -> Module:
+def shell(module: Module,  # a decoder or a model
+          layers: int      # of its decoder
+         ) -> Module:
     "A module that holds what another holds, with a config of `layers` decoder layers"
     twin = copy.copy(module)
     own = {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, dict)}

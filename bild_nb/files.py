@@ -31,7 +31,7 @@ def lines(
         raise ValueError(f'{file} cannot be read: {e.strerror}') from None
 
 def bare(
-    line: str,
+    line: str,  # of a text file
 ) -> str:
     "`line` without its end"
     return line.removesuffix('\n').removesuffix('\r')
@@ -189,9 +189,9 @@ class Part:
 # %% ../nbs/28_files.ipynb #9ab339f2
 @patch
 def leave(self: Part,
-    reason: str,
-    first: str,  # where the first one stands
-    n: int = 1,  # how many
+    reason: str,  # why
+    first: str,   # where the first one stands
+    n: int = 1,   # how many
 ):
     "Count rows that are left out"
     new = dict(count=0, first=first)
@@ -201,10 +201,10 @@ def leave(self: Part,
 FEW, MANY = 'fewer cells than the first line', 'more cells than the first line'
 
 def gather(
-    part: Part, # gets the places and the table
-    rows,       # pairs: a number, a row or the reason why it is none
-    make,       # a table of some rows
-    empty: pa.Table,
+    part: Part,       # gets the places and the table
+    rows,             # pairs: a number, a row or the reason why it is none
+    make,             # a table of some rows
+    empty: pa.Table,  # a table without rows
 ) -> Part:
     "Make a table of rows, and count those that are none"
     tables = [empty]

@@ -169,7 +169,12 @@ def _take(self: GraphEngine, size: int, source: int) -> Buffers:
     return found
 
 @patch
-def open(self: GraphEngine, ids, mask=None, encoded=None, settings=None, room=64
+def open(self: GraphEngine,
+         ids,            # (1, n) int64
+         mask=None,      # (1, n) of 0 and 1; None: all is source
+         encoded=None,   # (1, n, d_model) of another encoder; None: its own
+         settings=None,  # of the generation
+         room=64         # tokens that the cache holds at first
         ) -> GraphCache:
     "As `Model.open`"
     if settings is None: settings = self.settings()
@@ -364,7 +369,10 @@ def _record_encoder(self: GraphEngine, n: int) -> Recording:
     return Recording(ids, mask, bias, out, run)  # a graph keeps none of them alive
 
 @patch
-def encode(self: GraphEngine, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def encode(self: GraphEngine,
+           ids: Tensor,                # (1, n) int64
+           mask: Tensor | None = None  # (1, n) of 0 and 1; None: all is source
+          ) -> Tensor:
     "As `Engine.encode`"
     n = len(ids)
     if n > LONG: return Engine.encode(self, ids, mask)
@@ -394,7 +402,12 @@ def _send(self: GraphEngine, cache: GraphCache, tokens: Tensor, at: list, more=0
     return self._run(b, '_read', k)
 
 @patch
-def forward(self: GraphEngine, cache: GraphCache, tokens, at, last=None) -> Tensor:
+def forward(self: GraphEngine,
+            cache: GraphCache,  # of `open`
+            tokens,             # (1, k) int64
+            at,                 # (1,) position of the first
+            last=None           # so many of the last tokens' logits; None: all
+           ) -> Tensor:
     "As `Model.forward`"
     (at,), k, out = at, tokens.shape[1], []
     for i in range(0, k, self.most):
@@ -407,7 +420,12 @@ def forward(self: GraphEngine, cache: GraphCache, tokens, at, last=None) -> Tens
 
 # %% ../nbs/12_graphs.ipynb #48ff0e7b
 @patch
-def verify(self: GraphEngine, cache: GraphCache, tokens, at, draft) -> Scores:
+def verify(self: GraphEngine,
+           cache: GraphCache,  # of `open`
+           tokens,             # (1, k) int64
+           at,                 # (1,) position of the first
+           draft               # what is compared
+          ) -> Scores:
     "As `Model.verify`"
     b, k, g = cache.buffers, tokens.shape[1], draft.shape[1]
     if k > self.most: return Model.verify(self, cache, tokens, at, draft)
@@ -420,8 +438,16 @@ def verify(self: GraphEngine, cache: GraphCache, tokens, at, draft) -> Scores:
 
 # %% ../nbs/12_graphs.ipynb #c668c758
 @patch
-def propose(self: GraphEngine, cache, tokens, at, rule, state, most, logits=False,
-            draws=None) -> Draft:
+def propose(self: GraphEngine,
+            cache,         # of `open`
+            tokens,        # (1, k) int64
+            at,            # (1,) position of the first
+            rule,          # of the draft
+            state,         # the rule's
+            most,          # tokens
+            logits=False,  # keep them
+            draws=None     # of a drawn draft
+           ) -> Draft:
     "As `Model.propose`: one wait a step, with the next step on its way"
     slow = logits or draws is not None or rule.least is None and rule.reads_logits
     if slow or tokens.shape[1] > self.most:
@@ -472,11 +498,11 @@ def warmup(self: GraphEngine,
     self.free.put(b)
 
 # %% ../nbs/12_graphs.ipynb #e8d997e6
-def batch_steps(model,        # a T5 or mT5 of transformers
-                rows: int,
-                source: int,  # tokens of each source
-                new: int = 32 # tokens of each text
-               ) -> float:    # ms
+def batch_steps(model,         # a T5 or mT5 of transformers
+                rows: int,     # texts
+                source: int,   # tokens of each source
+                new: int = 32  # tokens of each text
+               ) -> float:     # ms
     "Time of a step of the model alone that reads a token of each of `rows` texts"
     d = GraphEngine(model, most=1)
     b = d._make(_double(new, 64), source, rows)

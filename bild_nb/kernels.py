@@ -19,7 +19,8 @@ triton = import_module('triton') if find_spec('triton') else None # only GPUs ne
 tl = SimpleNamespace(constexpr=None)
 if triton: tl = import_module('triton.language')
 
-def jit(kernel):
+def jit(kernel  # of Triton
+       ):
     "`triton.jit`, where there is Triton"
     return triton.jit(kernel) if triton else kernel
 
@@ -354,18 +355,19 @@ def _width(vocab: int) -> int:
     "Tokens that a program of `write` makes logits of"
     return 64 if vocab > 2**16 else 32
 
-def shares(vocab: int) -> int:
+def shares(vocab: int  # tokens
+          ) -> int:
     "Programs of `write`"
     return math.ceil(vocab/_width(vocab))
 
 def write(
-    x: Tensor,      # (M, d_model) fp32
-    w: Tensor,      # (vocabulary, d_model)
-    scale: Tensor,  # (d_model) of the last norm
-    eps: float,
-    never: Tensor,  # (vocabulary) fp32, added to the logits: 0 or -inf
-    logits: Tensor, # (M, vocabulary) fp32
-    parts: tuple    # (M*shares) largest, its id and sum, for `choose`
+    x: Tensor,       # (M, d_model) fp32
+    w: Tensor,       # (vocabulary, d_model)
+    scale: Tensor,   # (d_model) of the last norm
+    eps: float,      # of the last norm
+    never: Tensor,   # (vocabulary) fp32, added to the logits: 0 or -inf
+    logits: Tensor,  # (M, vocabulary) fp32
+    parts: tuple,    # (M*shares) largest, its id and sum, for `choose`
 ):
     "The logits"
     (M, K), N = x.shape, w.shape[0]

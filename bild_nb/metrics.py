@@ -55,7 +55,9 @@ class Bleu(Metric):
         "Make what reads texts"
         self.scorer, self.signature = load_sacrebleu(self.tokenizer)
 
-    def tokens(self, text: str) -> list:
+    def tokens(self,
+               text: str  # what is scored
+              ) -> list:
         "The words of `text`, as its n-grams see them"
         return self.scorer.tokenizer(text.rstrip()).split()
 
@@ -226,17 +228,23 @@ def mostly_unseen(text: str, tokens: list) -> bool:
 
 # %% ../nbs/32_metrics.ipynb #217596b4
 @patch
-def unseen(self: Metric, text: str) -> bool:
+def unseen(self: Metric,
+           text: str  # what is scored
+          ) -> bool:
     "Whether the metric sees next to nothing of `text`"
     return False
 
 @patch
-def unseen(self: Rouge, text: str) -> bool:
+def unseen(self: Rouge,
+           text: str  # what is scored
+          ) -> bool:
     "Whether most letters of `text` are in no token"
     return mostly_unseen(text, self.words.tokenize(text))
 
 @patch
-def unseen(self: Bleu, text: str) -> bool:
+def unseen(self: Bleu,
+           text: str  # what is scored
+          ) -> bool:
     "Whether `text` is words without spaces to the tokenizer"
     return whole_sentences(self.tokens(text))
 
@@ -276,28 +284,28 @@ def blind(self: Bleu,
             'BLEU is 0: take --metric chrf or --metric bleu:char')
 
 # %% ../nbs/32_metrics.ipynb #ae8220e3
-def resample(n: int,            # examples
-             draws: int = 1000,
-             seed: int = 0
-            ):                  # (draws, n) how often each example came
+def resample(n: int,             # examples
+             draws: int = 1000,  # of the bootstrap
+             seed: int = 0       # of the draws
+            ):                   # (draws, n) how often each example came
     "The draws of a bootstrap"
     g = np.random.default_rng(seed)
     drawn = [np.bincount(g.integers(n, size=n), minlength=n) for _ in range(draws)]
     return np.stack(drawn).astype(np.float32)
 
-def interval(samples,           # (draws,)
-             level: float = .95
-            ) -> tuple:         # low, high
+def interval(samples,            # (draws,)
+             level: float = .95  # share of the samples
+            ) -> tuple:          # low, high
     "The middle `level` of `samples`"
     ends = [50*(1 - level), 50*(1 + level)]
     low, high = np.percentile(samples, ends)
     return float(low), float(high)
 
 # %% ../nbs/32_metrics.ipynb #b281b814
-def score_samples(metric: Metric,
-                  stats,          # (examples, …) what `metric.stats` gave
-                  W               # (draws, examples)
-                 ):               # (names,) scores, (draws, names) those of the draws
+def score_samples(metric: Metric,  # of the task
+                  stats,           # (examples, …) what `metric.stats` gave
+                  W                # (draws, examples)
+                 ):                # (names,) scores, (draws, names) those of the draws
     "The scores of a corpus, and of every draw from it"
     S = np.asarray(stats, float)
     return metric.score(S.sum(0), len(S)), metric.score(W @ S, len(S))

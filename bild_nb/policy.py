@@ -42,7 +42,11 @@ def score(logits: Tensor,             # (..., k, vocabulary), of any float type
     return Scores(token, (top - lse).exp(), nll, logits)
 
 # %% ../nbs/00_policy.ipynb #999c423c
-def check(name: str, value, low: float, whole: bool = False) -> float:
+def check(name: str,           # named in the error
+          value,               # any number
+          low: float,          # the least that is legal
+          whole: bool = False  # only whole numbers
+         ) -> float:
     "`value` as a float if it is at least `low`; else a `ValueError` says what is legal"
     ok = isinstance(value, Real) and not isinstance(value, bool) and value >= low
     if ok and whole: ok = value == math.inf or value == int(value)
@@ -52,7 +56,8 @@ def check(name: str, value, low: float, whole: bool = False) -> float:
     return float(value)
 
 # %% ../nbs/00_policy.ipynb #72284f87
-def digits(x: float) -> str:
+def digits(x: float  # a number
+          ) -> str:
     "The shortest text that `float` reads back as `x`"
     return f'{x:g}' if float(f'{x:g}') == x else repr(x)
 
@@ -72,7 +77,9 @@ def named(name: str, # the name in texts; `` for a draft rule that needs none
 # %% ../nbs/00_policy.ipynb #7c1d72c3
 class Rule:
     "What draft and accept rules share: a state for each text, and an identity"
-    def begin(self, rows: int):
+    def begin(self,
+              rows: int  # texts
+             ):
         "The rule's state at the start of `rows` texts; None: it has none"
     def content(self) -> dict:
         "The rule's name and its numbers: what makes it this rule and no other"
@@ -98,10 +105,16 @@ class DraftRule(Rule):
     def last(self, scores, state) -> Tensor: # (rows) bool
         "True where the draft ends after this token, which is drafted; by default never"
         return torch.zeros_like(scores.confidence, dtype=torch.bool)
-    def most(self, state) -> float:
+    def most(self,
+             state  # what `begin` gave
+            ) -> float:
         "The longest draft, known before any pass of the small model"
         return math.inf
-    def after(self, verdict: 'Verdict', state, draft: 'Draft'):
+    def after(self,
+              verdict: 'Verdict',  # of the turn
+              state,               # what `begin` gave
+              draft: 'Draft'       # of the turn
+             ):
         "The state after a turn"
         return state
 
@@ -169,7 +182,7 @@ class AcceptRule(Rule):
     def judge(self,
               large: Scores,         # (rows, g + 1), on the host but for `logits`
               small: Tensor | None,  # (rows, steps, vocabulary) logits on the device
-              draft: Draft,
+              draft: Draft,          # of the turn
               state=None,            # what `begin` gave; a rule may write into it
               draws=None             # (rows, g + 1, 3) uniform, if the rule `samples`
              ) -> Verdict:
@@ -194,7 +207,10 @@ class NLL(AcceptRule):
         object.__setattr__(self, 'threshold', check('rollback', self.threshold, 0))
     @property
     def farthest(self): return self.threshold
-    def keep(self, large, draft):
+    def keep(self,
+             large,  # `Scores` of the large model
+             draft   # of the turn
+            ):
         near = large.nll <= self.threshold
         return near if self.strict else near | is_argmax(large, draft)
 
@@ -281,22 +297,37 @@ def _check_rules(draft, accept, quirks):
 
 # %% ../nbs/00_policy.ipynb #432e51fa
 @patch(cls_method=True)
-def bild(cls: Policy, fallback: float, rollback: float, max_draft=10) -> Policy:
+def bild(cls: Policy,
+         fallback: float,  # draft while the top probability is at least this
+         rollback: float,  # nats that the large model allows a token
+         max_draft=10      # tokens at most
+        ) -> Policy:
     "BiLD as we run it: two thresholds; the large argmax is never rolled back"
     return cls(Confidence(fallback), NLL(rollback), max_draft)
 
 @patch(cls_method=True)
-def paper(cls: Policy, fallback: float, rollback: float, max_draft=10) -> Policy:
+def paper(cls: Policy,
+          fallback: float,  # draft while the top probability is at least this
+          rollback: float,  # nats that the large model allows a token
+          max_draft=10      # tokens at most
+         ) -> Policy:
     "Algorithm 1 of the paper (section 3.5), every draft verified"
     return cls(Confidence(fallback), NLL(rollback, strict=True), max_draft)
 
 @patch(cls_method=True)
-def official(cls: Policy, fallback: float, rollback: float, max_draft=10) -> Policy:
+def official(cls: Policy,
+             fallback: float,  # draft while the top probability is at least this
+             rollback: float,  # nats that the large model allows a token
+             max_draft=10      # tokens at most
+            ) -> Policy:
     "The authors' released program, with everything that it does differently"
     return cls(Confidence(fallback), NLL(rollback), max_draft, frozenset(QUIRKS))
 
 @patch(cls_method=True)
-def lossless(cls: Policy, fallback: float, max_draft=10) -> Policy:
+def lossless(cls: Policy,
+             fallback: float,  # draft while the top probability is at least this
+             max_draft=10      # tokens at most
+            ) -> Policy:
     "BiLD's fallback with exact verification: equal to the large model's greedy output"
     return cls(Confidence(fallback), Greedy(), max_draft)
 
@@ -312,7 +343,13 @@ def small(cls: Policy) -> Policy:
 
 # %% ../nbs/00_policy.ipynb #ada705eb
 @patch
-def judge(self: Policy, large, small, draft, state=None, draws=None) -> Verdict:
+def judge(self: Policy,
+          large,       # `Scores` of the large model
+          small,       # logits of the small model, if the rule needs them
+          draft,       # of the turn
+          state=None,  # what `begin` gave
+          draws=None   # uniform numbers, if the rule samples
+         ) -> Verdict:
     "What `accept` decides; arguments as of `AcceptRule.judge`"
     verdict = self.accept.judge(large, small, draft, state, draws)
     if 'first_only' not in self.quirks: return verdict

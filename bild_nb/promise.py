@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 # %% ../nbs/32c_promise.ipynb #b1243621
-def text_loss(output: str,
-              reference: str, # the large model's own text
-              chrf            # sacreBLEU's
-             ) -> float:      # 0 to 1
+def text_loss(output: str,     # what was written
+              reference: str,  # the large model's own text
+              chrf             # sacreBLEU's
+             ) -> float:       # 0 to 1
     "1 - chrF; 0 for equal texts, whatever they are"
     if output == reference: return 0.
     return 1 - chrf.sentence_score(output, [reference]).score/100
@@ -62,9 +62,9 @@ def needed(bound: float,     # alpha
     return low + bisect_left(range(low, high), -math.log(level), key=grown)
 
 # %% ../nbs/32c_promise.ipynb #e5b1e99b
-def safest_first(losses: dict, # by candidate, on examples that are not tested on
-                 speeds: dict
-                ) -> list:     # of candidates
+def safest_first(losses: dict,  # by candidate, on examples that are not tested on
+                 speeds: dict   # by candidate
+                ) -> list:      # of candidates
     "An order for testing: by loss, only those faster than all safer ones"
     order, fastest = [], 1.
     for c in sorted(losses, key=lambda c: (losses[c], -speeds[c], c)):
@@ -75,8 +75,8 @@ def safest_first(losses: dict, # by candidate, on examples that are not tested o
 
 def promised(order: list,       # of candidates
              loss,              # from a candidate to the losses of fresh examples
-             bound: float,
-             confidence: float
+             bound: float,      # that the mean loss must keep
+             confidence: float  # of the test
             ):                  # trials
     "Test in `order` until one fails"
     for c in order:

@@ -52,7 +52,10 @@ class Trial:
     times: dict     # ms of single passes, as `pair_times` gives them
     max_new_tokens: int
 
-    def run(self, small:Model, policy:Policy)->tuple[list[str], float]:
+    def run(self,
+            small:Model,   # who drafts
+            policy:Policy  # how the text is written
+           )->tuple[list[str], float]:
         "The texts, and the ms that their passes should take"
         decoder = BigLittleDecoder(self.large, small, policy)
         found = [decoder.generate(s, max_new_tokens=self.max_new_tokens, trace=False)
@@ -61,7 +64,10 @@ class Trial:
         ms = sum(cost(o.trace[0], self.times) for o in found)
         return self.tokenizer.batch_decode(texts, skip_special_tokens=True), ms
 
-    def points(self, small:Model, own:list[str])->list[tuple]:
+    def points(self,
+               small:Model,   # who drafts
+               own:list[str]  # the large model's own texts
+              )->list[tuple]:
         "(mean loss against the large model's own texts, ms) at each policy"
         from sacrebleu.metrics import CHRF
         chrf = CHRF()
@@ -83,7 +89,9 @@ def new_trial(
     return Trial(big, tokenizer, sources, ladder(policy), times, max_new_tokens)
 
 # %% ../nbs/23c_race.ipynb #ef4dc707
-def kept(work:Path, c:dict)->Path:
+def kept(work:Path,  # the hidden folder
+         c:dict      # what is known of the checkpoint
+        )->Path:
     "Where the weights of a checkpoint are"
     return work/f'lr-{c["lr"]:g}'/f'kept-{c["step"]}'
 

@@ -53,7 +53,8 @@ RECIPES = dict(
     epochs=Recipe())
 SCHEDULES = 'linear', 'constant'
 
-def check_recipe(r:Recipe)->Recipe:
+def check_recipe(r:Recipe  # what is asked for
+                )->Recipe:
     "`r`, if it can be trained with"
     for name in ('epochs', 'steps', 'batch', 'max_tokens', 'accumulate', 'every',
                  'patience', 'finalists'):
@@ -96,7 +97,10 @@ class AlignTrainer(BudgetTrainer):
 
 # %% ../nbs/23b_recipe.ipynb #016ad53b
 @patch
-def both(self:AlignTrainer, model, batch:dict):
+def both(self:AlignTrainer,
+         model,      # the small one
+         batch:dict  # of padded ids
+        ):
     "Logits of small and large (None: not needed) where there is a label, and labels"
     x = {k: batch[k] for k in ('input_ids', 'attention_mask', 'decoder_input_ids')}
     on = batch['labels'] != -100
@@ -109,7 +113,12 @@ def both(self:AlignTrainer, model, batch:dict):
 
 # %% ../nbs/23b_recipe.ipynb #a357498a
 @patch
-def compute_loss(self:AlignTrainer, model, inputs, return_outputs=False, **kwargs):
+def compute_loss(self:AlignTrainer,
+                 model,                 # the small one
+                 inputs,                # a batch
+                 return_outputs=False,  # the logits, too
+                 **kwargs
+                ):
     "The mean of the objective, in nats a token"
     if model.training and self.on_policy and torch.rand(()) < self.on_policy:
         writer = self.accelerator.unwrap_model(model)
@@ -124,7 +133,12 @@ def compute_loss(self:AlignTrainer, model, inputs, return_outputs=False, **kwarg
 
 # %% ../nbs/23b_recipe.ipynb #834f71cb
 @patch
-def prediction_step(self:AlignTrainer, model, inputs, *args, **kwargs):
+def prediction_step(self:AlignTrainer,
+                    model,   # the small one
+                    inputs,  # a batch
+                    *args,
+                    **kwargs
+                   ):
     "Loss, agreement (1, 0, or -100 where there is no label), labels"
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
@@ -133,17 +147,18 @@ def prediction_step(self:AlignTrainer, model, inputs, *args, **kwargs):
     agreed[inputs['labels'] != -100] = agreement(self.policy, q, p, y).long()
     return loss, agreed, inputs['labels']
 
-def mean_agreement(found)->dict:
+def mean_agreement(found  # what the trainer gathered
+                  )->dict:
     "The metric of a checkpoint"
     return dict(agreement=found.predictions[found.predictions >= 0].mean().item())
 
 # %% ../nbs/23b_recipe.ipynb #cf47c2af
 def align_arguments(
-    folder:Path, # of the checkpoints
-    r:Recipe,
-    lr:float, # one of its rates
-    steps:int, # in all
-    every:int # steps between checkpoints
+    folder:Path,  # of the checkpoints
+    r:Recipe,     # the recipe
+    lr:float,     # one of its rates
+    steps:int,    # in all
+    every:int,    # steps between checkpoints
 )->Seq2SeqTrainingArguments:
     "What we ask of the trainer"
     gpu = torch.cuda.is_available()
@@ -166,7 +181,10 @@ def align_arguments(
         disable_tqdm=True)
 
 # %% ../nbs/23b_recipe.ipynb #00539a2b
-def steps_per_epoch(train, r:Recipe, n:int=1)->int:
+def steps_per_epoch(train,     # the examples
+                    r:Recipe,  # the recipe
+                    n:int=1    # processes
+                   )->int:
     "Steps of an epoch on `n` processes"
     if r.max_tokens:
         lengths = map(max, map(len, train['input_ids']), map(len, train['labels']))
@@ -240,8 +258,8 @@ def ranking(
 
 # %% ../nbs/23b_recipe.ipynb #fe440d44
 def keep_weights(
-    checkpoint:Path, # sealed
-    to:Path
+    checkpoint:Path,  # sealed
+    to:Path,          # the folder that gets them
 ):
     "Links to a checkpoint's weights, in a folder that is there whole or not at all"
     if to.exists() or not (checkpoint/SEAL).exists(): return
@@ -254,7 +272,9 @@ def keep_weights(
     write_json(part/SEAL, {name: sealed[name] for name in names})
     part.rename(to)
 
-def link(file:Path, to:Path):
+def link(file:Path,  # that is there
+         to:Path     # its second name
+        ):
     "A second name for a file; a copy where the file system has none"
     try: os.link(file, to)
     except OSError: shutil.copy2(file, to)
@@ -282,7 +302,10 @@ def check_kept(folder:Path # of kept weights
 # %% ../nbs/23b_recipe.ipynb #89ed5291
 class Sealed(TrainerCallback):
     "Seal each checkpoint, and keep the best weights"
-    def __init__(self, siblings:Siblings, finalists:int):
+    def __init__(self,
+                 siblings:Siblings,  # the processes of this job
+                 finalists:int       # checkpoints whose weights are kept
+                ):
         self.siblings, self.finalists = siblings, finalists
     def on_save(self, args, state, control, **kw):
         self.siblings.wait()  # each process writes its own random state
@@ -292,7 +315,8 @@ class Sealed(TrainerCallback):
         keep(folder, state.log_history, self.finalists)
 
 # %% ../nbs/23b_recipe.ipynb #cbebe00c
-def read_state(checkpoint:Path|None)->dict|None:
+def read_state(checkpoint:Path|None  # a folder; None: there is none
+              )->dict|None:
     "The trainer's state"
     return checkpoint and json.loads((checkpoint/'trainer_state.json').read_text())
 
@@ -307,17 +331,18 @@ def over(state:dict|None, # of a trainer
 # %% ../nbs/23b_recipe.ipynb #02c3325a
 LOGGED = 'step', 'loss', 'learning_rate', 'eval_loss', 'eval_agreement'
 
-def curve(state:dict)->list[dict]:
+def curve(state:dict  # what the trainer logged
+         )->list[dict]:
     "What a trainer logged, without times"
     return [{k: r[k] for k in LOGGED if k in r} for r in state['log_history']
             if 'loss' in r or 'eval_loss' in r]
 
 # %% ../nbs/23b_recipe.ipynb #d01e3418
 def train_on(
-    trainer:AlignTrainer, # ready to go
-    finalists:int=1, # checkpoints whose weights are kept
-    siblings:Siblings|None=None
-)->dict: # the trainer's last state
+    trainer:AlignTrainer,         # ready to go
+    finalists:int=1,              # checkpoints whose weights are kept
+    siblings:Siblings|None=None,  # the processes of this job; None: it is alone
+)->dict:                          # the trainer's last state
     "Train to the end, from the last whole checkpoint if there is one"
     siblings, folder = siblings or Siblings(), Path(trainer.args.output_dir)
     if siblings.main: clean_up(folder, finalists)
@@ -330,7 +355,9 @@ def train_on(
         last = last_checkpoint(folder)
     return read_state(last)
 
-def clean_up(folder:Path, finalists:int):
+def clean_up(folder:Path,   # of the checkpoints
+             finalists:int  # checkpoints whose weights are kept
+            ):
     "Remove what is not whole; a `ValueError` where that cannot be made again"
     state = read_state(last_checkpoint(folder))
     if state is None: return

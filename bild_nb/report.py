@@ -53,14 +53,16 @@ def load(folders: list) -> Report: # paths
     return Report(runs, [result_rows(r) for r in runs])
 
 # %% ../nbs/35_report.ipynb #51e8263b
-def task_name(r: Results) -> str:
+def task_name(r: Results  # what `read_run` gave
+             ) -> str:
     "What a run's table is called: its task, and a metric that is not the usual one"
     name = r.info['settings']['task']['name']
     usual = TASKS[name].metric if name in TASKS else 'bleu'
     return name if r.metric.text == usual else f'{name}, {r.metric.label}'
 
 # %% ../nbs/35_report.ipynb #4b15f296
-def short(name: str) -> str:
+def short(name: str  # a path
+         ) -> str:
     "Of a folder its last two names"
     return '/'.join(Path(name).parts[-2:])
 
@@ -68,13 +70,16 @@ def short(name: str) -> str:
 NAMES = {'unaligned': 'BiLD, unaligned', 'aligned': 'BiLD, aligned',
          'aligned-repro': "BiLD, the reproduction's aligned", 'other': 'BiLD'}
 
-def system(kind: str, policy: str) -> str:
+def system(kind: str,   # of the small model
+           policy: str  # its text
+          ) -> str:
     "How a row is called"
     kind, comma, backend = kind.partition(', ')
     alone = dict(large='vanilla large', small=f'vanilla small ({kind})')
     return alone.get(policy, NAMES.get(kind, kind)) + comma + backend
 
-def thresholds(policy: str) -> str:
+def thresholds(policy: str  # its text
+              ) -> str:
     "How a policy is written in a table"
     return '' if policy in ('large', 'small') else policy.replace(',', ', ')
 
@@ -102,26 +107,34 @@ def lines(task: str, found: dict) -> list: # (kind, policy, paper, reproduction)
     return known + [(*key, {}, {}) for key in own]
 
 # %% ../nbs/35_report.ipynb #0d784974
-def public_cells(paper: dict, reproduction: dict) -> list:
+def public_cells(paper: dict,        # one row of `published.json`
+                 reproduction: dict  # the same of the reproduction
+                ) -> list:
     "Score and speed-up of both"
     return [number(paper.get('score')), times(paper.get('speedup')),
             number(reproduction.get('score')), times(reproduction.get('speedup'))]
 
-def score_cells(row: dict | None) -> list:
+def score_cells(row: dict | None  # of `result_rows`; None: it was not run
+               ) -> list:
     "Our score, and its difference to the large model's"
     if row is None: return ['not run', '']
     score = ranged(row['score'], row['score_interval'])
     if row['policy'] == 'large': return [score, '']
     return [score, ranged(row['difference'], row['difference_interval'], sign='+')]
 
-def speed_cell(row: dict | None) -> str:
+def speed_cell(row: dict | None  # of `result_rows`; None: it was not run
+              ) -> str:
     "Our measured speed-up"
     if row is None: return ''
     if 'speedup' not in row: return 'not timed'
     return ranged(row['speedup'], row['speedup_interval'], '×')
 
 # %% ../nbs/35_report.ipynb #50083b8a
-def headings(name: str, public: bool, timed: bool, predicted: bool) -> list:
+def headings(name: str,       # of the score
+             public: bool,    # whether something was published
+             timed: bool,     # whether speed was measured
+             predicted: bool  # whether speed was predicted
+            ) -> list:
     "The columns of a benchmark's table; `name` is that of the score"
     found = ['system', 'fallback, rollback']
     if public:
@@ -131,7 +144,10 @@ def headings(name: str, public: bool, timed: bool, predicted: bool) -> list:
     if predicted: found.append('predicted')
     return found
 
-def our_cells(row: dict | None, timed: bool, predicted: bool) -> list:
+def our_cells(row: dict | None,  # of `result_rows`; None: it was not run
+              timed: bool,       # whether speed was measured
+              predicted: bool    # whether speed was predicted
+             ) -> list:
     "The last of these columns"
     cells = score_cells(row)
     if timed: cells.append(speed_cell(row))
@@ -139,14 +155,18 @@ def our_cells(row: dict | None, timed: bool, predicted: bool) -> list:
     return cells
 
 # %% ../nbs/35_report.ipynb #b560244e
-def score_name(report: Report, task: str) -> str:
+def score_name(report: Report,  # what the runs hold
+               task: str        # its name
+              ) -> str:
     "What the scores of a table are"
     runs = report.of(task)
     if runs: return runs[0][0].metric.label
     return find_metric(TASKS[task].metric, texts=False).label
 
 # %% ../nbs/35_report.ipynb #93d2700b
-def benchmark_table(report: Report, task: str) -> Table:
+def benchmark_table(report: Report,  # what the runs hold
+                    task: str        # its name
+                   ) -> Table:
     "`paper | reproduction | ours` for one task"
     found, rows = ours(report, task), []
     shown = lines(task, found)
@@ -161,7 +181,8 @@ def benchmark_table(report: Report, task: str) -> Table:
     return Table(task, columns, rows, notes(report, task))
 
 # %% ../nbs/35_report.ipynb #c033b227
-def what_ran(r: Results) -> str:
+def what_ran(r: Results  # what `read_run` gave
+            ) -> str:
     "Data and models"
     s = r.info['settings']
     origin = r.info.get('origin', s['task']['data'])
@@ -171,7 +192,8 @@ def what_ran(r: Results) -> str:
             f'small {small} ({s["kind"]}).')
 
 # %% ../nbs/35_report.ipynb #b4e43cd4
-def how_timed(r: Results) -> str:
+def how_timed(r: Results  # what `read_run` gave
+             ) -> str:
     "The protocol and the machine"
     p = r.info['settings']['protocol']
     if not p['timing']:
@@ -200,11 +222,14 @@ def how_scored(r: Results, rows: list) -> list: # texts
     return out
 
 # %% ../nbs/35_report.ipynb #2d932742
-def raw_scores(rows: list, main: str) -> str:
+def raw_scores(rows: list,  # of `result_rows`
+               main: str    # the task's metric
+              ) -> str:
     "Scores against whole references"
     return ', '.join(f'{row["policy"]} {row["scores_raw"][main]:.2f}' for row in rows)
 
-def other_scores(rows: list) -> str:
+def other_scores(rows: list  # of `result_rows`
+                ) -> str:
     "All scores of all policies"
     def one(scores): return ', '.join(f'{name} {x:.2f}' for name, x in scores.items())
     return '; '.join(f'{row["policy"]}: {one(row["scores"])}' for row in rows)
@@ -226,13 +251,15 @@ def what_is_missing(r: Results) -> list: # texts
     return out
 
 # %% ../nbs/35_report.ipynb #da2bbeb2
-def scorer(r: Results) -> tuple:
+def scorer(r: Results  # what `read_run` gave
+          ) -> tuple:
     "What the scores of a run depend on, beside the texts"
     versions, protocol = r.info['versions'], r.info['settings']['protocol']
     if r.metric.kind != 'rouge': return (versions.get('sacrebleu'),)
     return versions.get('rouge-score'), protocol.get('splitter')
 
-def examples_of(r: Results) -> frozenset:
+def examples_of(r: Results  # what `read_run` gave
+               ) -> frozenset:
     "What was scored"
     return frozenset((x['id'], x['reference']) for x in r.records['large'])
 
@@ -280,7 +307,9 @@ def our_shares(row: dict | None) -> list: # cells
             number(row['large_passes_per_token'], 3)]
 
 # %% ../nbs/35_report.ipynb #0ab6f055
-def shares_table(report: Report, task: str) -> Table:
+def shares_table(report: Report,  # what the runs hold
+                 task: str        # its name
+                ) -> Table:
     "Fallback and rollback shares: `paper | reproduction | ours`"
     found, rows = ours(report, task), []
     shown = [x for x in lines(task, found) if x[1] not in ('large', 'small')]
@@ -306,13 +335,17 @@ TABLE1 = ('Careful: the pair of thresholds without loss; fast: the pair that los
           'about one point. Ours with 95 % intervals; the notes of each benchmark '
           'stand with its own table.')
 
-def published_row(task: str, kind: str, i: int) -> dict:
+def published_row(task: str,  # its name
+                  kind: str,  # of the small model
+                  i: int      # its number in the table
+                 ) -> dict:
     "One of the published pairs of thresholds of a benchmark"
     rows = published_rows(TASKS[task])
     return [r for r in rows if r['small'] == kind and r['policy'] != 'small'][i]
 
 # %% ../nbs/35_report.ipynb #bd0d2dae
-def table1(report: Report) -> Table:
+def table1(report: Report  # what the runs hold
+          ) -> Table:
     "Table 1 of the paper: paper, reproduction and ours, all four benchmarks"
     mine, rows = {b: ours(report, b) for b in BENCHMARKS}, []
     for name, kind, i in LINES:
@@ -344,7 +377,8 @@ def paper_points(task: str) -> list: # of `Point`s
     return found
 
 # %% ../nbs/35_report.ipynb #d9ef2f34
-def our_point(row: dict) -> Point | None:
+def our_point(row: dict  # of `result_rows`
+             ) -> Point | None:
     "A result row: measured, or predicted; None if it is neither"
     kind, policy, y = row['kind'], row['policy'], row['score']
     small = 'aligned small' if kind == 'aligned' else 'small'
@@ -357,7 +391,9 @@ def our_point(row: dict) -> Point | None:
     return Point(row['predicted'], y, f'{label}, predicted', group, 'predicted')
 
 # %% ../nbs/35_report.ipynb #b4fabb2d
-def curve_panel(report: Report, task: str) -> dict:
+def curve_panel(report: Report,  # what the runs hold
+                task: str        # its name
+               ) -> dict:
     "What `draw` takes for a task"
     rows = [row for (kind, _), row in ours(report, task).items()
             if ', ' not in kind]  # of the table's own backend
@@ -389,18 +425,20 @@ def commands(tasks: list) -> Table: # names of benchmarks
         'Without a network: --data, --large and --small take folders.',
         'Then: bild report runs/* --format html --out results.html'])
 
-def kept_runs(task: str, folder: Path) -> Report:
+def kept_runs(task: str,    # its name
+              folder: Path  # where runs lie
+             ) -> Report:
     "The runs of a task that lie in `folder` under its name; none is no error"
     found = sorted(file.parent for file in Path(folder).glob(f'{task}*/run.json'))
     return load(found) if found else Report([], [])
 
 # %% ../nbs/35_report.ipynb #6eb7453b
-def examples_html(task: Task,
-                  pair,
-                  rows: list,   # dictionaries with `source` and `reference`
-                  policy,
-                  new: int = 48 # most new tokens
-                 ) -> str:      # HTML
+def examples_html(task: Task,    # whose texts they are
+                  pair,          # who writes
+                  rows: list,    # dictionaries with `source` and `reference`
+                  policy,        # a `Policy` or its text
+                  new: int = 48  # most new tokens
+                 ) -> str:       # HTML
     "Source, reference and trace of some rows"
     bild, cards = BigLittleDecoder(pair.large, pair.small, policy), []
     ids = pair.encode([r['source'] for r in rows], task.max_source)
@@ -412,7 +450,8 @@ def examples_html(task: Task,
     return ''.join(cards)
 
 # %% ../nbs/35_report.ipynb #524dc432
-def tables(report: Report) -> list:
+def tables(report: Report  # what the runs hold
+          ) -> list:
     "Every table that the runs give"
     names = list(dict.fromkeys(task_name(r) for r in report.runs))
     found = []
@@ -430,9 +469,9 @@ PREAMBLE = r'''% pdflatex; lualatex for letters that are not Latin
 \begin{document}
 '''
 
-def render(report: Report,
-           form: str = 'md',        # of `FORMS`
-           standalone: bool = False # a whole document, in LaTeX
+def render(report: Report,           # what the runs hold
+           form: str = 'md',         # of `FORMS`
+           standalone: bool = False  # a whole document, in LaTeX
           ) -> str:
     "The whole report"
     if form not in FORMS:

@@ -25,7 +25,8 @@ from .metrics import score_samples, speedup
 COUNTS = ('large_passes', 'small_passes', 'drafted', 'accepted', 'fallbacks', 'capped',
           'rollbacks', 'large_tokens', 'unverified_tail')
 
-def trace_of(record: dict) -> Trace:
+def trace_of(record: dict  # a line of `records.jsonl`
+            ) -> Trace:
     "The `Trace` of a record, without events"
     counts = {name: record[name] for name in COUNTS}
     return Trace(log=record['passes'].split(), **counts)
@@ -33,7 +34,8 @@ def trace_of(record: dict) -> Trace:
 # %% ../nbs/32b_results.ipynb #a5879961
 FORMAT = 2  # of run folders that are written; 1 is read, too
 
-def read_info(out: Path) -> dict:
+def read_info(out: Path  # a run folder
+             ) -> dict:
     "`run.json` of a run folder"
     file = Path(out)/'run.json'
     try: info = read_json(file, 'delete the run folder')
@@ -51,10 +53,10 @@ def read_info(out: Path) -> dict:
 class Run:
     "A run folder that this process and its siblings work in"
     def __init__(self,
-        out: Path,
+        out: Path,              # the run folder
         identity: dict,         # all that may not change; of the first process
         policies: list | None,  # (key, name) pairs; None: each line stands alone
-        siblings: Siblings
+        siblings: Siblings,     # the processes of this run
     ):
         self.out, self.identity, self.siblings = Path(out), identity, siblings
         self.records = Records(self.out, policies, siblings)
@@ -78,7 +80,9 @@ def held(self: Run):
             yield self
 
 @patch
-def claim_first(self: Run, stack: ExitStack):
+def claim_first(self: Run,
+                stack: ExitStack  # closes what is claimed
+               ):
     "The first process claims the folder; its error is an error of all"
     error = None
     if self.siblings.main:
@@ -103,7 +107,8 @@ def claim(self: Run): # the lock
     return held
 
 # %% ../nbs/32b_results.ipynb #a66af703
-def check_place(out: Path):
+def check_place(out: Path  # a run folder
+               ):
     "A `ValueError` where no run can be; needs no data and no models"
     try: strange = [f.name for f in out.iterdir() if not f.name.startswith('.')]
     except FileNotFoundError: return  # it will be made
@@ -147,7 +152,8 @@ class Packed(type(Path())):
         except (OSError, EOFError, zlib.error) as e:
             raise ValueError(f'{self} is damaged: delete the run folder') from e
 
-def unpack(out: Path):
+def unpack(out: Path  # a run folder
+          ):
     "Undo `gzip records.jsonl` in a run folder"
     packed, plain = Packed(out/'records.jsonl.gz'), out/'records.jsonl'
     if not packed.exists(): return
@@ -173,16 +179,22 @@ class Results:
         "The half that makes scores of sums"
         return find_metric(self.info['settings']['task']['metric'], texts=False)
 
-    def ms(self, policy: str) -> list:
+    def ms(self,
+           policy: str  # its key or text
+          ) -> list:
         "The median time of each example"
         return [median(r['ms']) for r in self.records[policy]]
 
-    def stats(self, policy: str, key: str = 'stats') -> list:
+    def stats(self,
+              policy: str,        # its key or text
+              key: str = 'stats'  # of the records
+             ) -> list:
         "The statistics of each example; `stats_raw`: against uncut references"
         return [r.get(key, r['stats']) for r in self.records[policy]]
 
 # %% ../nbs/32b_results.ipynb #8a918a3f
-def read_run(out: Path) -> Results:
+def read_run(out: Path  # a run folder
+            ) -> Results:
     "Read a run folder, finished or not"
     out, info = Path(out), read_info(out)
     settings = info['settings']
@@ -203,7 +215,8 @@ def read_run(out: Path) -> Results:
         failed=[(r['id'], r['policy'], r['error']) for r in failed],
         missing=settings['examples'] - len(examples))
 
-def record_files(out: Path) -> list:
+def record_files(out: Path  # a run folder
+                ) -> list:
     "The files of records in a run folder, packed or not, merged or not"
     packed = [Packed(f) for f in out.glob('records.jsonl.gz')]
     return [*packed, out/'records.jsonl', *sorted(out.glob('records.*.jsonl'))]
@@ -216,22 +229,26 @@ def predicted_gain(base: list, mine: list, # records
     base, mine = ([trace_of(r) for r in records] for records in (base, mine))
     return predict(base, mine, numbered(times))
 
-def numbered(times: dict) -> dict:
+def numbered(times: dict  # of single passes, in ms
+            ) -> dict:
     "Times of `typical` as the cost model has them: numbers of tokens are numbers"
     def key(k): return k if k == 'encoder' else int(k)
     return {which: {key(k): ms for k, ms in t.items()} for which, t in times.items()}
 
 # %% ../nbs/32b_results.ipynb #ce3c639a
-def result_rows(results: Results,
-                draws: int = 1000,
-                seed: int = 0
-               ) -> list: # a dictionary for each policy
+def result_rows(results: Results,   # what `read_run` gave
+                draws: int = 1000,  # of the bootstrap
+                seed: int = 0       # of the draws
+               ) -> list:           # a dictionary for each policy
     "Scores, differences to the large model, speed-ups, with 95 % intervals; counts"
     if not results.n: raise ValueError('this run has no complete example yet')
     W = resample(results.n, draws, seed)
     return [result_row(results, p, W) | speed(results, p, W) for p in results.records]
 
-def result_row(results: Results, policy: str, W) -> dict:
+def result_row(results: Results,  # what `read_run` gave
+               policy: str,       # its key or text
+               W                  # (draws, examples) how often each came
+              ) -> dict:
     "What one system wrote"
     metric, mine = results.metric, results.stats(policy)
     score, samples = score_samples(metric, mine, W)
@@ -247,7 +264,10 @@ def result_row(results: Results, policy: str, W) -> dict:
     return row | shares([trace_of(r) for r in results.records[policy]])
 
 # %% ../nbs/32b_results.ipynb #b7e2c5a8
-def speed(results: Results, policy: str, W) -> dict:
+def speed(results: Results,  # what `read_run` gave
+          policy: str,       # its key or text
+          W                  # (draws, examples) how often each came
+         ) -> dict:
     "How fast one system is, measured and predicted; only what the run has"
     mine, large = results.records[policy], results.records['large']
     found, info = {}, results.info

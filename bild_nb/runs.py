@@ -54,16 +54,23 @@ def read_lines(file:Path, # of records
     return list(zip((from_line(line, sums) for line in lines), ends))
 
 # %% ../nbs/30_runs.ipynb #fb17ca71
-def name_of(record:dict)->str|None:
+def name_of(record:dict  # a line of `records.jsonl`
+           )->str|None:
     "The policy of a record, by its content where that is known"
     return record.get('key', record.get('policy'))
 
-def example_id(group:list, policies:list|None):
+def example_id(group:list,         # records of one example
+               policies:list|None  # (key, text) pairs; None: each line stands alone
+              ):
     "What is done once: an example, or where each line stands alone, it and its policy"
     return group[0]['id'] if policies else (group[0]['id'], name_of(group[0]))
 
 # %% ../nbs/30_runs.ipynb #d27d25fe
-def wrong(record:dict|None, part:list, policies:list|None, seen:set)->str|None:
+def wrong(record:dict|None,    # the line; None: it cannot be read
+          part:list,           # records of its example so far
+          policies:list|None,  # (key, text) pairs; None: each line stands alone
+          seen:set             # ids of whole examples
+         )->str|None:
     "What is wrong with a line that comes after `part` of an example"
     if record is None or 'id' not in record: return 'is damaged'
     if part and record['id'] != part[0]['id']:
@@ -75,8 +82,8 @@ def wrong(record:dict|None, part:list, policies:list|None, seen:set)->str|None:
         return f'has example {record["id"]} once more'
 
 # %% ../nbs/30_runs.ipynb #26b6289a
-def whole_examples(file:Path,
-                   policies:list|None=None, # of each: (key, text) pairs, in order
+def whole_examples(file:Path,                # of records
+                   policies:list|None=None,  # of each: (key, text) pairs, in order
                    sums:bool=True # whether a line without a checksum is damaged
                   )->tuple: # lists of records; the byte where the last whole one ends
     "The complete examples of a file; with `policies` None every line is one"
@@ -117,7 +124,9 @@ class Siblings:
         self.main, self.device = self.rank == 0, self.state.device
         self.patience, self.beat = patience, beat
 
-    def tell(self, data):
+    def tell(self,
+             data  # what JSON can hold
+            ):
         "What the first process says, for all"
         return broadcast_object_list([data])[0] if self.world > 1 else data
 
@@ -125,7 +134,9 @@ class Siblings:
 LEFT = 1 << 30
 
 @patch
-def file(self:Siblings, rank:int)->Path:
+def file(self:Siblings,
+         rank:int  # number of the process
+        )->Path:
     "Where a sibling gives signs of life"
     return self.folder/str(rank)
 
@@ -253,7 +264,9 @@ def parent_words()->list[str]:
     try: return psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError): return []
 
-def check_processes(world:int, option:int|None=None):
+def check_processes(world:int,            # how many there are
+                    option:int|None=None  # how many were asked for
+                   ):
     "Warn if there are not as many processes as were asked for"
     asked = asked_processes(option)
     if not asked or asked == world: return
@@ -283,12 +296,16 @@ def parts(self:Records)->list[Path]:
     return sorted(self.folder.glob('records.*.jsonl'))
 
 @patch
-def id(self:Records, group:list):
+def id(self:Records,
+       group:list  # records of one example
+      ):
     "What the records of an example are known by"
     return example_id(group, self.policies)
 
 @patch
-def read(self:Records, file:Path)->list:
+def read(self:Records,
+         file:Path  # of records
+        )->list:
     "The whole examples of one of the files"
     return whole_examples(file, self.policies, self.sums)[0]
 
@@ -381,13 +398,13 @@ def sort(self:Records, order:list): # of ids
 class Folder:
     "The folder of a long job: locked, with settings that may not change"
     def __init__(self,
-        out:str|Path,   # of the result
-        settings:dict,  # all that the result depends on
-        work:str,       # name of the hidden folder
-        result:str,     # name of the file that makes the result whole; written last
-        siblings:Siblings,
-        restart:bool=False, # throw away what is there
-        read=None       # the settings in a finished result; None: its JSON's `settings`
+        out:str|Path,        # of the result
+        settings:dict,       # all that the result depends on
+        work:str,            # name of the hidden folder
+        result:str, # name of the file that makes the result whole; written last
+        siblings:Siblings,   # the processes of this job
+        restart:bool=False,  # throw away what is there
+        read=None, # the settings in a finished result; None: its JSON's `settings`
     ):
         self.out, self.settings, self.siblings = Path(out), settings, siblings
         self.work, self.result = self.out/work, self.out/result
@@ -399,7 +416,8 @@ def finished(self:Folder)->bool:
     "Whether the result is whole"
     return self.result.exists()
 
-def json_settings(file:Path)->dict:
+def json_settings(file:Path  # of the result
+                 )->dict:
     "The settings in a result that is JSON"
     data = read_json(file)
     if isinstance(data, dict) and 'settings' in data: return data['settings']

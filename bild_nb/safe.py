@@ -26,12 +26,16 @@ def replace_file(file:Path, # the place; its folder is made
     part.replace(file)
 
 # %% ../nbs/27_safe.ipynb #0f3da036
-def as_json(data, **options)->bytes:
+def as_json(data,      # what JSON can hold
+            **options  # of `json.dumps`
+           )->bytes:
     "JSON in UTF-8, of any text"
     text = json.dumps(data, ensure_ascii=False, **options)
     return text.encode('utf-8', 'backslashreplace')
 
-def write_json(file:Path, data):
+def write_json(file:Path,  # what is written
+               data        # what JSON can hold
+              ):
     "Write `data` so that the file is there whole or not at all"
     text = as_json(data, indent=1) + b'\n'
     replace_file(file, lambda part: part.write_bytes(text))
@@ -56,7 +60,9 @@ def error_number(e:Exception)->int|None: # None: not one of the system's
     return next((n for n in CLOSED if os.strerror(n) in text), None)
 
 # %% ../nbs/27_safe.ipynb #889f2ebe
-def near(file:str|Path, out:str|Path)->bool:
+def near(file:str|Path,  # that might be in the way
+         out:str|Path    # the job's folder
+        )->bool:
     "Whether a file is a job's folder, in it, or on the way to it"
     file, out = Path(file).absolute(), Path(out).absolute()
     return out in (file, *file.parents) or file in out.parents
@@ -110,7 +116,8 @@ def digest(parts # bytes, texts, or what `json` writes
     return h.hexdigest()[:16]
 
 # %% ../nbs/27_safe.ipynb #12508b2a
-def model_digest(model)->str:
+def model_digest(model  # of PyTorch
+                )->str:
     "A hash of the weights"
     def parts():
         for name, weight in sorted(model.state_dict().items()):
@@ -119,13 +126,16 @@ def model_digest(model)->str:
             yield flat.view(torch.uint8).numpy().data
     return digest(parts())
 
-def tokenizer_digest(tokenizer)->str:
+def tokenizer_digest(tokenizer  # of transformers
+                    )->str:
     "A hash of the vocabulary and the special tokens"
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
     return digest([sorted(tokenizer.get_vocab().items()), special])
 
 # %% ../nbs/27_safe.ipynb #1b842c7d
-def flat(d:dict, path:str='')->dict:
+def flat(d:dict,      # of dictionaries and values
+         path:str=''  # of `d` itself
+        )->dict:
     "A nested dictionary as one with paths for keys"
     found = {}
     for k, v in d.items():
@@ -152,13 +162,15 @@ def checksum(file:Path)->list: # size in bytes, CRC-32
         while data := f.read(1 << 24): crc = zlib.crc32(data, crc)
     return [file.stat().st_size, crc]
 
-def seal(folder:Path):
+def seal(folder:Path  # that is finished
+        ):
     "Write down what the files of a finished folder are"
     files = sorted(f for f in folder.rglob('*') if f.is_file() and f.name != SEAL)
     write_json(folder/SEAL, {str(f.relative_to(folder)): checksum(f) for f in files})
 
 # %% ../nbs/27_safe.ipynb #87c53205
-def whole(folder:Path)->bool:
+def whole(folder:Path  # that may be finished
+         )->bool:
     "Whether a folder was sealed and is as it was then"
     try: sealed = read_json(folder/SEAL)
     except (OSError, ValueError): return False

@@ -18,13 +18,20 @@ from matplotlib.figure import Figure
 from .trace import trace_html
 
 # %% ../nbs/34b_show.ipynb #08d02ccf
-def number(x: float | None, digits: int = 2, sign: str = '') -> str:
+def number(x: float | None,  # None: there is none
+           digits: int = 2,  # after the point
+           sign: str = ''    # `+`: shown for positive numbers, too
+          ) -> str:
     "`x` rounded; no minus before a zero, nothing for None"
     return '' if x is None else f'{round(x, digits) + 0.:{sign}.{digits}f}'
 
 def times(x: float | None) -> str: return '' if x is None else f'{x:.2f}×'
 
-def ranged(x: float, bounds: tuple, unit: str = '', sign: str = '') -> str:
+def ranged(x: float,        # the number
+           bounds: tuple,   # low, high
+           unit: str = '',  # written behind the number
+           sign: str = ''   # `+`: shown for positive numbers, too
+          ) -> str:
     "A number and its interval"
     low, high = (number(b, sign=sign) for b in bounds)
     return f'{number(x, sign=sign)}{unit} [{low}, {high}]'
@@ -41,7 +48,9 @@ class Table:
     def _repr_markdown_(self): return markdown(self)
 
 # %% ../nbs/34b_show.ipynb #fcccf5e8
-def markdown_line(cells: list, width: list) -> str:
+def markdown_line(cells: list,  # texts
+                  width: list   # of each column
+                 ) -> str:
     "One line of a Markdown table"
     words = [c.ljust(w) for c, w in zip(cells[:2], width)]
     numbers = [c.rjust(w) for c, w in zip(cells[2:], width[2:])]
@@ -49,11 +58,13 @@ def markdown_line(cells: list, width: list) -> str:
 
 MARKUP = re.compile(r'[\\`*<~]|(?<!\w)_|_(?!\w)|(?<=\])\(')
 
-def plain(text) -> str:
+def plain(text  # anything that `str` takes
+         ) -> str:
     "`text` in one line, as Markdown that shows it as it is"
     return MARKUP.sub(r'\\\g<0>', ' '.join(str(text).split()))
 
-def markdown(t: Table) -> str:
+def markdown(t: Table  # the table
+            ) -> str:
     "`t` in Markdown; as text, its columns are aligned"
     def cell(c): return plain(c).replace('|', r'\|')
     rows = [[cell(c) for c in row] for row in [t.columns, *t.rows]]
@@ -65,18 +76,23 @@ def markdown(t: Table) -> str:
                       *(f'- {plain(note)}' for note in t.notes)])
 
 # %% ../nbs/34b_show.ipynb #c8cd0d16
-def html_cell(text: str) -> str:
+def html_cell(text: str  # of the cell
+             ) -> str:
     "A cell, its interval in one piece"
     return re.sub(r' (\[[^\]]*\])$', r' <span>\1</span>', html.escape(str(text)))
 
-def html_row(tag: str, cells: list, columns: list) -> str:
+def html_row(tag: str,      # `th` or `td`
+             cells: list,   # texts
+             columns: list  # their headings
+            ) -> str:
     "One row of an HTML table"
     names = (html.escape(str(c)) for c in columns)
     shown = (f'<{tag} data-column="{name}">{html_cell(c)}</{tag}>'
              for name, c in zip(names, cells))
     return f'<tr>{"".join(shown)}</tr>'
 
-def as_html(t: Table) -> str:
+def as_html(t: Table  # the table
+           ) -> str:
     "`t` as an HTML table with its title and notes"
     title = f'<h3>{html.escape(t.title)}</h3>' if t.title else ''
     head = html_row('th', t.columns, t.columns)
@@ -92,12 +108,14 @@ TEX = str.maketrans({c: '\\' + c for c in '&%$#_{}'} | {
     '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar\allowbreak{}',
     '×': r'$\times$', '−': '$-$'})
 
-def tex(text) -> str:
+def tex(text  # anything that `str` takes
+       ) -> str:
     "`text` as LaTeX shows it"
     text = str(text).translate(TEX).replace('--', '-{}-')
     return re.sub(r'(?<![\w}-])-(?=\d)', '$-$', text) # a minus, no hyphen
 
-def latex(t: Table) -> str:
+def latex(t: Table  # the table
+         ) -> str:
     "`t` as a LaTeX table, for the packages booktabs and graphicx"
     def line(cells): return ' & '.join(map(tex, cells)) + r' \\'
     letters = 'll' + 'r'*(len(t.columns) - 2)
@@ -191,7 +209,9 @@ MARKS = dict(measured=dict(fmt='o', ms=6, lw=.8),
              predicted=dict(fmt='.', ms=5, alpha=.7),
              published=dict(fmt='o--', ms=5, lw=.8, mfc='none'))
 
-def draw_points(ax, points: list):
+def draw_points(ax,           # matplotlib axes
+                points: list  # `Point`s
+               ):
     "The points into matplotlib axes, those of a label at once"
     def series(p): return p.label, p.group, p.kind
     for (label, group, kind), some in groupby(sorted(points, key=series), series):
@@ -209,7 +229,9 @@ def nudge(p: Point, others: list, close: float) -> int: # printer's points
     if not near: return 0
     return -6 if max(near, key=abs) > 0 else 6
 
-def draw_names(ax, points: list):
+def draw_names(ax,           # matplotlib axes
+               points: list  # `Point`s
+              ):
     "A name beside each point"
     alone = [p for p in points if p.group in ALONE]
     pairs = [p for p in points if p.group not in ALONE]
@@ -221,8 +243,14 @@ def draw_names(ax, points: list):
     ax.margins(.18, .15)
 
 # %% ../nbs/34b_show.ipynb #4ba955d0
-def draw(ax, points: list, xlabel: str, ylabel: str, title: str, line: list,
-         beside: bool):
+def draw(ax,            # matplotlib axes
+         points: list,  # `Point`s
+         xlabel: str,   # with its unit
+         ylabel: str,   # with its unit
+         title: str,    # above the picture
+         line: list,    # (x, y) to join with a dotted line
+         beside: bool   # names beside the points, else a legend
+        ):
     "One picture into matplotlib axes"
     if line: ax.plot(*zip(*line), ':', c='#888888', lw=1, zorder=1)
     draw_points(ax, points)
@@ -272,12 +300,13 @@ def as_svg(panels: list) -> str: # an SVG element
     return text[text.index('<svg'):].replace(INK, 'currentColor')
 
 # %% ../nbs/34b_show.ipynb #4e14b120
-def scatter(points: list,          # `Point`s
-            xlabel: str, ylabel: str,
-            title: str = '',
-            line: list = (),       # (x, y) to join with a dotted line
-            beside: bool = False   # names beside the points, else a legend
-           ) -> str:               # an SVG element
+def scatter(points: list,         # `Point`s
+            xlabel: str,          # with its unit
+            ylabel: str,          # with its unit
+            title: str = '',      # above the picture
+            line: list = (),      # (x, y) to join with a dotted line
+            beside: bool = False  # names beside the points, else a legend
+           ) -> str:              # an SVG element
     "A picture of quality against speed"
     return as_svg([dict(points=points, xlabel=xlabel, ylabel=ylabel, title=title,
                         line=line, beside=beside)])

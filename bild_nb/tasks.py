@@ -81,9 +81,9 @@ def by_kind(given) -> dict:
 
 # %% ../nbs/31_tasks.ipynb #a578c95e
 def usual(
-    task: Task,
-    kind: str, # of the small model
-) -> list: # policies as texts
+    task: Task,  # whose thresholds
+    kind: str,   # of the small model
+) -> list:       # policies as texts
     "The thresholds of a task for this kind of small model, or else its first ones"
     first = next(iter(task.policies.values()), ())
     return list(task.policies.get(kind, first))
@@ -162,7 +162,7 @@ TASKS = {t.name: t for t in (IWSLT2017, WMT2014, XSUM, CNNDM, HELP_DE_EN, TEXT)}
 
 # %% ../nbs/31_tasks.ipynb #bf437de9
 def read_toml(
-    file: Path,
+    file: Path,  # of a task
 ) -> dict:
     "What a TOML file says"
     if sys.version_info >= (3, 11): import tomllib
@@ -173,7 +173,7 @@ def read_toml(
 
 # %% ../nbs/31_tasks.ipynb #3958a3c1
 def task_from_toml(
-    file: Path,
+    file: Path,  # of a task
 ) -> Task:
     "The `Task` in a TOML file; relative folders are seen from the file's own"
     given, known = read_toml(file), [f.name for f in fields(Task)]
@@ -215,16 +215,16 @@ def published() -> dict:
 
 # %% ../nbs/31_tasks.ipynb #7ec5b288
 def published_rows(
-    task: Task,
-) -> list: # dictionaries `small`, `policy`, `paper`, `reproduction`
+    task: Task,  # a benchmark
+) -> list:       # dictionaries `small`, `policy`, `paper`, `reproduction`
     "A row for each system of which something was published"
     return published()['rows'].get(task.published, [])
 
 # %% ../nbs/31_tasks.ipynb #621e3393
 def pairs(
-    task: Task,
-    small: str = 'unaligned', # its kind
-) -> list: # policies as texts, fallback first
+    task: Task,                # a benchmark
+    small: str = 'unaligned',  # its kind
+) -> list:                     # policies as texts, fallback first
     "The published threshold pairs; a `ValueError` where there are none"
     rows = [r for r in published_rows(task) if r['small'] == small]
     found = [r['policy'] for r in rows if r['policy'] != 'small']
@@ -261,9 +261,9 @@ class Rows:
 
 # %% ../nbs/31_tasks.ipynb #bd0ad6fb
 def load_rows(
-    task: Task,
-    data: str | None = None,  # instead of the task's
-    limit: int | None = None, # the first so many that are whole
+    task: Task,                # a benchmark
+    data: str | None = None,   # instead of the task's
+    limit: int | None = None,  # the first so many that are whole
 ) -> Rows:
     "The examples of a task"
     found = find(task, data, limit)
@@ -308,10 +308,10 @@ def load_pairs(
 KINDS = 'unaligned', 'aligned', 'aligned-repro'
 
 def checkpoints(
-    task: Task,
-    large: str | None = None, # instead of the task's
-    small: str | None = None, # a kind, or any model
-) -> tuple: # large, small, kind of the small one
+    task: Task,                # a benchmark
+    large: str | None = None,  # instead of the task's
+    small: str | None = None,  # a kind, or any model
+) -> tuple:                    # large, small, kind of the small one
     "The models that are asked for; a folder called as a checkpoint is of its kind"
     if not (large or task.large):
         raise ValueError(f'task {task.name!r} names no large model: give --large')
@@ -330,8 +330,8 @@ def kind_like(task: Task, small: str) -> str:
 
 # %% ../nbs/31_tasks.ipynb #97dd72e3
 def load_tokenizer(
-    task: Task,
-): # a tokenizer
+    task: Task,  # a benchmark
+):               # a tokenizer
     "The tokenizer that the task names"
     name, why = task.tokenizer, 'the models came without a tokenizer, and'
     if not name: raise ValueError(f'{why} task {task.name!r} names none: '
@@ -343,11 +343,11 @@ def load_tokenizer(
 
 # %% ../nbs/31_tasks.ipynb #cc9c9d6e
 def open_pair(
-    task: Task,
-    large: str | None = None, # instead of the task's
-    small: str | None = None, # a kind, or any model
-    **options                 # of `load_pair`
-) -> tuple: # a `Pair`, the kind of its small model
+    task: Task,                # a benchmark
+    large: str | None = None,  # instead of the task's
+    small: str | None = None,  # a kind, or any model
+    **options,                 # of `load_pair`
+) -> tuple:                    # a `Pair`, the kind of its small model
     "Load the pair for a task"
     large, small, kind = checkpoints(task, large, small)
     pair = load_pair(large, small, **options)
@@ -359,7 +359,7 @@ def open_pair(
 
 # %% ../nbs/31_tasks.ipynb #c3b57db5
 def decode(
-    tokenizer,
+    tokenizer,                # of the pair
     ids: list,                # token ids
     published: bool = False,  # as the published programs decoded
 ) -> str:
@@ -368,8 +368,8 @@ def decode(
                             clean_up_tokenization_spaces=published).strip()
 
 def cut_reference(
-    tokenizer,
-    text: str,
+    tokenizer,           # of the pair
+    text: str,           # a reference
     tokens: int | None,  # at most, the end token included; None: all
 ) -> str:
     "`text` as the published scores saw it"

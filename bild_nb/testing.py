@@ -22,10 +22,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import T5Config, T5ForConditionalGeneration
 
 # %% ../nbs/98_testing.ipynb #b8135254
-def random_t5(seed: int = 0, vocab_size: int = 40, layers: int = 2,
-              decoder_layers: int = 2, d_model: int = 32,
-              scale: float = 3.,  # of the decoder's output: more is more sure
-              **kwargs            # of `T5Config`
+def random_t5(seed: int = 0,            # of the weights
+              vocab_size: int = 40,     # tokens
+              layers: int = 2,          # of the encoder
+              decoder_layers: int = 2,  # of the decoder
+              d_model: int = 32,        # width
+              scale: float = 3.,        # of the decoder's output: more is more sure
+              **kwargs                  # of `T5Config`
              ) -> T5ForConditionalGeneration:
     "A T5 with random weights, for tests"
     torch.manual_seed(seed)
@@ -41,11 +44,11 @@ def random_t5(seed: int = 0, vocab_size: int = 40, layers: int = 2,
     return model
 
 # %% ../nbs/98_testing.ipynb #cfed8163
-def random_causal(kind: str = 'llama', # a `model_type` of transformers
-                  seed: int = 0,
-                  scale: float = 3.,   # of the logits: more is more sure
-                  **kwargs             # of the family's config
-                 ):                    # an `AutoModelForCausalLM`
+def random_causal(kind: str = 'llama',  # a `model_type` of transformers
+                  seed: int = 0,        # of the weights
+                  scale: float = 3.,    # of the logits: more is more sure
+                  **kwargs              # of the family's config
+                 ):                     # an `AutoModelForCausalLM`
     "A causal model with random weights, for tests"
     torch.manual_seed(seed)
     config = dict(vocab_size=40, hidden_size=32, intermediate_size=48, ffn_dim=48,
@@ -66,7 +69,10 @@ def random_causal(kind: str = 'llama', # a `model_type` of transformers
     return model
 
 # %% ../nbs/98_testing.ipynb #2eb826cc
-def noisy(model, seed: int = 0, amount: float = .3):
+def noisy(model,              # of transformers
+          seed: int = 0,      # of the noise
+          amount: float = .3  # of the weights' spread
+         ):
     "A copy of `model` with noise on its weights, `amount` of their spread"
     torch.manual_seed(seed)
     copy = type(model)(model.config).eval()
@@ -84,7 +90,8 @@ WAITS = set("""item tolist numpy nonzero equal allclose masked_select unique __a
     __bool__ __int__ __float__ __index__ __contains__""".split())
 BETWEEN = {'to', 'copy_', 'cpu', 'cuda'}  # take tensors of two devices
 
-def moved(model):
+def moved(model  # of transformers
+         ):
     "Mark the weights of `model` as lying on a GPU"
     for m in model.modules():
         for own in (m._parameters, m._buffers):
@@ -118,13 +125,17 @@ class PretendGPU(TorchFunctionMode):
         self.copies += 1
         return out.as_subclass(Tensor)
 
-def is_device(x) -> bool:
+def is_device(x  # an argument
+             ) -> bool:
     "Whether an argument of a function says a device"
     named = isinstance(x, str) and x in ('cpu', 'cuda', 'cuda:0')
     return named or isinstance(x, torch.device)
 
 # %% ../nbs/98_testing.ipynb #d8535667
-def refuse_waits(name: str, args, leaves):
+def refuse_waits(name: str,  # of the function
+                 args,
+                 leaves      # its tensors
+                ):
     "A `RuntimeError` for what would wait for a GPU, or fail on one"
     if name in WAITS: raise RuntimeError(f'{name} waits for the GPU')
     if name in ('__getitem__', '__setitem__'):
@@ -232,9 +243,9 @@ def as_mt5(model):
 # %% ../nbs/98_testing.ipynb #9660b0d3
 def rehearse(
     task,          # a `Task`
-    folder: Path,
+    folder: Path,  # gets data and models
     n: int = 12,   # rows
-) -> dict: # `data`, `large`, `small`: what the options of the same names take
+) -> dict:         # `data`, `large`, `small`: what the options of the same names take
     "Write a miniature of a benchmark"
     from datasets import Dataset, disable_progress_bars
     disable_progress_bars()
@@ -248,7 +259,9 @@ def rehearse(
 # %% ../nbs/98_testing.ipynb #86c6beec
 class Tape(TorchDispatchMode):
     "Records `work`; then a call repeats its operations"
-    def __init__(self, work):
+    def __init__(self,
+                 work  # notes each call
+                ):
         super().__init__()
         self.calls, self.values, outside = [], [], {}
         with self: work()

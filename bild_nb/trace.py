@@ -38,14 +38,17 @@ LEGEND = ' '.join(_span(kind, f' {name} ') for kind, name in NAMES.items())
 # %% ../nbs/03_trace.ipynb #fc3beae0
 CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
 
-def printable(text: str) -> str:
+def printable(text: str  # any text
+             ) -> str:
     "`text` with control characters as visible symbols; line breaks and tabs stay"
     def visible(m):
         code = ord(m[0])
         return chr(0x2400 + code) if code < 32 else '␡' if code == 127 else '\ufffd'
     return CONTROL.sub(visible, text)
 
-def token_text(tokenizer, token: int) -> str:
+def token_text(tokenizer,  # of the pair; None: there is none
+               token: int  # its id
+              ) -> str:
     "How one token reads: its piece with spaces as spaces; its id without a tokenizer"
     if tokenizer is None: return f' {token}'
     piece = tokenizer.convert_ids_to_tokens(token)
@@ -53,7 +56,9 @@ def token_text(tokenizer, token: int) -> str:
     return printable(piece.replace('▁', ' ').replace('Ġ', ' '))
 
 # %% ../nbs/03_trace.ipynb #39cc1a49
-def spans(turn: Turn, text):
+def spans(turn: Turn,  # with its draft
+          text         # from a token's id to what is shown
+         ):
     "The coloured tokens of one turn as HTML; `text` makes a token readable"
     for i, token in enumerate(turn.draft):
         far = f'distance {turn.distance[i]:.2f}' if turn.distance else 'never verified'
@@ -68,7 +73,8 @@ def spans(turn: Turn, text):
     yield _span('r' if turn.rollback else 'l', text(turn.token), note)
 
 # %% ../nbs/03_trace.ipynb #f49e2e3d
-def summary(trace: Trace) -> str:
+def summary(trace: Trace  # of one text
+           ) -> str:
     "One line of counts"
     n, passes = trace.new_tokens, trace.large_passes
     return (f'{n} tokens, {trace.accepted} of them drafted by the small model; '
@@ -91,7 +97,9 @@ def trace_html(trace: Trace,    # of one decoded row
 
 # %% ../nbs/03_trace.ipynb #d2f082d7
 @patch
-def to_html(self: Trace, title: str = '') -> str:
+def to_html(self: Trace,
+            title: str = ''  # above the text
+           ) -> str:
     "The trace as coloured text: HTML and CSS, no script"
     return trace_html(self, title)
 
@@ -109,7 +117,8 @@ PER_TOKEN = dict(large_passes_per_token='large_passes',
                  small_passes_per_token='small_passes', fallback_share='fallbacks',
                  rollback_share='rollbacks', accepted_share='accepted')
 
-def shares(traces: list[Trace]) -> dict:
+def shares(traces: list[Trace]  # one a text
+          ) -> dict:
     "Counts of many rows as shares, per new token and as the reproduction counted"
     def total(name): return sum(getattr(t, name) for t in traces)
     n = total('new_tokens')

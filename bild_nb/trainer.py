@@ -119,7 +119,8 @@ def resume_point(
     raise ValueError(f'{best}, the best so far, is damaged or gone: '
                      f'delete {folder} to begin anew')
 
-def read_state(checkpoint:Path)->TrainerState:
+def read_state(checkpoint:Path  # a folder
+              )->TrainerState:
     "What the trainer knew when it wrote a checkpoint"
     return TrainerState.load_from_json(str(checkpoint/'trainer_state.json'))
 
@@ -229,13 +230,13 @@ def curve(
 
 # %% ../nbs/20c_trainer.ipynb #a4890e04
 def new_trainer(
-    model, # changed in place: its dropout is made cheap
-    tokenizer,
-    data, # to train on, with ids
-    valid, # pair of a `Dataset` with texts and one with ids
-    folder:Folder, # of the training
-    max_hours:float|None=None, # stop before, at the end of an epoch
-    progress:bool=True, # show a bar on stderr
+    model,                      # changed in place: its dropout is made cheap
+    tokenizer,                  # of the data
+    data,                       # to train on, with ids
+    valid,                      # pair of a `Dataset` with texts and one with ids
+    folder:Folder,              # of the training
+    max_hours:float|None=None,  # stop before, at the end of an epoch
+    progress:bool=True,         # show a bar on stderr
 )->BudgetTrainer:
     "A trainer that is ready to go"
     how = folder.settings
@@ -284,7 +285,11 @@ def mean_weights(
     return {k: w/len(folders) for k, w in total.items()}
 
 # %% ../nbs/20c_trainer.ipynb #70ad75e6
-def write_model(folder:Folder, model, tokenizer, trainer:BudgetTrainer):
+def write_model(folder:Folder,         # of the training
+                model,                 # that was trained
+                tokenizer,             # written beside the model
+                trainer:BudgetTrainer  # that trained it
+               ):
     "The model, and last what makes it a result"
     save_half(model, tokenizer, folder.out)
     write_json(folder.result, dict(settings=folder.settings, log=curve(trainer.state)))
@@ -298,9 +303,9 @@ def unfinished(folder:Folder, trainer:BudgetTrainer)->list[dict]: # the log so f
 
 # %% ../nbs/20c_trainer.ipynb #6de1a261
 def extras(
-    tokenizer,
-    **given, # `smooth`, `sample`, `drop_tokens` and `average`
-)->dict: # those that are on
+    tokenizer,  # of the data
+    **given,    # `smooth`, `sample`, `drop_tokens` and `average`
+)->dict:        # those that are on
     "What is asked for besides; a `ValueError` for what cannot be"
     for name in ('smooth', 'sample', 'drop_tokens'):
         if 0 <= given[name] <= 1: continue

@@ -37,7 +37,8 @@ def grid(task: Task) -> list: # policies as texts
     else: fallbacks = (.5, .6, .7, .8, .9)
     return [f'{fb:g},{rb:g}' for fb in fallbacks for rb in rollbacks]
 
-def gain(row: dict) -> float:
+def gain(row: dict  # of `result_rows`
+        ) -> float:
     "The speed-up of a result row: measured, or else predicted"
     return row.get('speedup', row.get('predicted', math.nan))
 
@@ -58,16 +59,16 @@ def spread(rows: list, n: int) -> list: # at most `n`
     return [rows[i] for i in sorted(places)]
 
 # %% ../nbs/34_tune.ipynb #7d7fba9c
-def sweep(task: Task,
-          pair: Pair,
-          rows: Rows,
-          out: Path,
-          policies: list | None = None, # policies or their texts; None: `grid`
-          confirm: int = 3,             # points of the front to time
-          protocol: Protocol = Protocol(),
-          kind: str = 'other',          # of the small model, as `open_pair` gives it
-          names: tuple = ('', '')       # of the two checkpoints
-         ) -> bool:                     # whether this is the process that reports
+def sweep(task: Task,                       # a benchmark
+          pair: Pair,                       # what is tuned
+          rows: Rows,                       # examples
+          out: Path,                        # of the run
+          policies: list | None = None,     # policies or their texts; None: `grid`
+          confirm: int = 3,                 # points of the front to time
+          protocol: Protocol = Protocol(),  # how it is timed
+          kind: str = 'other', # of the small model, as `open_pair` gives it
+          names: tuple = ('', '')           # of the two checkpoints
+         ) -> bool:                         # whether this is the process that reports
     "A grid without a clock in `out`, and points of its front timed in `out/timed`"
     out, policies = Path(out), policies or grid(task)
     untimed = replace(protocol, timing=False, predict=True)
@@ -110,7 +111,10 @@ class Generations:
         policy = as_policy(policy)
         return [self.get(policy, i) for i in examples]
 
-    def get(self, policy: Policy, i: int) -> dict:
+    def get(self,
+            policy: Policy,  # how the text is written
+            i: int           # number of the example
+           ) -> dict:
         "One record, from the folder if it is there"
         key = self.job.rows.rows[i]['id'], policy.key
         if key not in self.run.records.examples:
@@ -118,7 +122,10 @@ class Generations:
             self.bar.update()
         return self.run.records.examples[key][0]
 
-    def make(self, policy: Policy, i: int) -> dict:
+    def make(self,
+             policy: Policy,  # how the text is written
+             i: int           # number of the example
+            ) -> dict:
         "Generate a text"
         job = self.job
         decoder = BigLittleDecoder(job.pair.large, job.pair.small, policy)
@@ -126,7 +133,11 @@ class Generations:
         return job.record(i, policy, dict(found, ms=[]))
 
 # %% ../nbs/34_tune.ipynb #0dc6586f
-def speeds_of(generate, candidates: list, times: dict, n: int) -> dict:
+def speeds_of(generate,          # records of a policy on a range of examples
+              candidates: list,  # policies as texts
+              times: dict,       # of `typical`, in ms
+              n: int             # examples
+             ) -> dict:
     "The predicted speed-up of each candidate, on the first `n` examples"
     base = generate('large', range(n))
     def whole(mine): return [i for i in range(n) if 'error' not in base[i] | mine[i]]
@@ -143,7 +154,13 @@ def drop(metric, base: list, mine: list) -> tuple: # points, (low, high)
     return 0 - value, (0 - high, 0 - low)
 
 # %% ../nbs/34_tune.ipynb #1dfd020b
-def attempt(generate, metric, policy: str, n: int, max_drop: float, first: int) -> dict:
+def attempt(generate,         # records of a policy on a range of examples
+            metric,           # of the task
+            policy: str,      # its text
+            n: int,           # examples at most
+            max_drop: float,  # points below the large model's score
+            first: int        # examples that every candidate gets
+           ) -> dict:
     "Try a candidate on more and more examples, until it is clear or they are all"
     size = min(first, n)
     while True:
@@ -155,14 +172,14 @@ def attempt(generate, metric, policy: str, n: int, max_drop: float, first: int) 
     return dict(policy=policy, examples=size, drop=lost, drop_interval=(low, high),
                 chosen=chosen)
 
-def fastest_first(generate,         # records of a policy on a range of examples
-                  metric,
-                  candidates: list, # policies as texts
-                  times: dict,      # of `typical`
-                  n: int,           # examples
-                  max_drop: float,  # points
-                  first: int = 16   # examples that every candidate gets
-                 ):                 # trials
+def fastest_first(generate,          # records of a policy on a range of examples
+                  metric,            # of the task
+                  candidates: list,  # policies as texts
+                  times: dict,       # of `typical`
+                  n: int,            # examples
+                  max_drop: float,   # points
+                  first: int = 16    # examples that every candidate gets
+                 ):                  # trials
     "Try those faster than the large model, fastest first, until one is chosen"
     speeds = speeds_of(generate, candidates, times, min(first, n))
     faster = [c for c in candidates if speeds[c] > 1]
@@ -172,7 +189,13 @@ def fastest_first(generate,         # records of a policy on a range of examples
         if trial['chosen']: return
 
 # %% ../nbs/34_tune.ipynb #1d8fbba6
-def promise(generate, goal: Goal, candidates: list, times: dict, n: int, held: int):
+def promise(generate,          # records of a policy on a range of examples
+            goal: Goal,        # what is asked for
+            candidates: list,  # policies as texts
+            times: dict,       # of `typical`, in ms
+            n: int,            # examples to order on
+            held: int          # examples to test on
+           ):
     "Order candidates on the first `n` examples, test on the `held` after these"
     from sacrebleu.metrics import CHRF
     chrf, few = CHRF(), min(n, 64)
@@ -197,17 +220,20 @@ class Balance:
     kept: float                # tokens that a large pass gives
     kept_needed: float | None  # None: none are enough
 
-def free(times: dict, model: str, encoder: bool = False) -> dict:
+def free(times: dict,           # of `typical`, in ms
+         model: str,            # `large` or `small`
+         encoder: bool = False  # whether the other's encoder is free, too
+        ) -> dict:
     "`times` with passes of `model`, or the encoder of the other, that take no time"
     def counts(which, k): return which[1] != model and not (encoder and k == 'encoder')
     return {which: {k: ms*counts(which, k) for k, ms in t.items()}
             for which, t in times.items()}
 
 # %% ../nbs/34_tune.ipynb #94b30845
-def balance(policy: str,
-            base: list,  # records of the large model alone
-            mine: list,  # records of `policy`
-            times: dict  # of `typical`
+def balance(policy: str,  # its text
+            base: list,   # records of the large model alone
+            mine: list,   # records of `policy`
+            times: dict   # of `typical`
            ) -> Balance:
     "The parts of BiLD's time, and what each would have to be"
     times, traces = numbered(times), [trace_of(r) for r in mine]
@@ -234,11 +260,11 @@ def __str__(self: Balance) -> str:
             f'large model takes {takes}')
 
 # %% ../nbs/34_tune.ipynb #1fd23ea0
-def halves(rows: Rows,
-           n: int,       # to search on
-           held: int,    # held out
-           seed: int = 0
-          ) -> tuple:    # two `Rows`
+def halves(rows: Rows,    # examples
+           n: int,        # to search on
+           held: int,     # held out
+           seed: int = 0  # of the choice
+          ) -> tuple:     # two `Rows`
     "Two disjoint random sets of examples, smaller ones where there are not enough"
     if len(rows) < 4:
         raise ValueError(f'{len(rows)} examples are too few to search and confirm')
@@ -264,7 +290,12 @@ class Search:
         passed = [t['policy'] for t in self.trials if t['chosen']]
         return passed[-1] if passed else None
 
-def search(job: Job, goal: Goal, n: int, out: Path, candidates: list) -> Search:
+def search(job: Job,         # what is searched on
+           goal: Goal,       # what is asked for
+           n: int,           # examples to search on
+           out: Path,        # of the run
+           candidates: list  # policies as texts
+          ) -> Search:
     "Run the trials in a run folder; the first `n` examples are to search on"
     policies = {c: as_policy(c) for c in candidates}
     identity = job.identity(policies)
@@ -282,7 +313,11 @@ def search(job: Job, goal: Goal, n: int, out: Path, candidates: list) -> Search:
         return found
 
 # %% ../nbs/34_tune.ipynb #b8f723da
-def tried(generate: Generations, goal: Goal, candidates: list, n: int) -> Search:
+def tried(generate: Generations,  # records of a policy on a range of examples
+          goal: Goal,             # what is asked for
+          candidates: list,       # policies as texts
+          n: int                  # examples to search on
+         ) -> Search:
     "The trials that a goal asks for"
     job, times = generate.job, generate.run.info['pass_times']
     all = len(job.rows)
@@ -297,10 +332,10 @@ def tried(generate: Generations, goal: Goal, candidates: list, n: int) -> Search
     return Search(trials, made, (len(candidates) + 1)*all, parts)
 
 # %% ../nbs/34_tune.ipynb #f994597a
-def objection(goal: Goal,
-              found: Search,
-              confirmed: dict | None # the result row of what was chosen
-             ) -> str:               # '' if there is none
+def objection(goal: Goal,             # what is asked for
+              found: Search,          # what the search gave
+              confirmed: dict | None  # the result row of what was chosen
+             ) -> str:                # '' if there is none
     "Why nothing is recommended"
     if found.chosen is None: return none_passed(goal, found)
     if confirmed['speedup'] <= 1:
@@ -312,7 +347,9 @@ def objection(goal: Goal,
     return ''
 
 # %% ../nbs/34_tune.ipynb #4a0b40cd
-def too_slow(found: Search, confirmed: dict) -> str:
+def too_slow(found: Search,   # what the search gave
+             confirmed: dict  # the result row of what was chosen
+            ) -> str:
     "What the clock said, and why"
     low, high = confirmed['speedup_interval']
     what = (f'{found.chosen} is not faster than the large model alone: on held-out '
@@ -323,7 +360,9 @@ def too_slow(found: Search, confirmed: dict) -> str:
     return (f'{what}, although its passes alone would be {passes:.2f} times as fast; '
             'time it again on an idle machine, with more examples (--held-out)')
 
-def none_passed(goal: Goal, found: Search) -> str:
+def none_passed(goal: Goal,    # what is asked for
+                found: Search  # what the search gave
+               ) -> str:
     "Why no candidate passed"
     parts = found.balance
     align = 'align the small model better (bild align), or allow more'
@@ -340,18 +379,18 @@ def none_passed(goal: Goal, found: Search) -> str:
             f'follows (p = {t["p"]:.2g}); test on more examples (--held-out), {align}')
 
 # %% ../nbs/34_tune.ipynb #4c561767
-def tune(task: Task,
-         pair: Pair,
-         rows: Rows,
-         out: Path,
-         goal: Goal,
-         candidates: list | None = None, # policies or their texts; None: `grid`
-         n: int = 200,                   # examples to search on
-         held: int = 200,                # examples held out
-         protocol: Protocol = Protocol(),
-         kind: str = 'other',            # of the small model, as `open_pair` gives it
-         names: tuple = ('', '')         # of the two checkpoints
-        ) -> dict:                       # `policy`, None: none is recommended; `why`
+def tune(task: Task,                       # a benchmark
+         pair: Pair,                       # what is tuned
+         rows: Rows,                       # examples
+         out: Path,                        # of the run
+         goal: Goal,                       # what is asked for
+         candidates: list | None = None,   # policies or their texts; None: `grid`
+         n: int = 200,                     # examples to search on
+         held: int = 200,                  # examples held out
+         protocol: Protocol = Protocol(),  # how it is timed
+         kind: str = 'other',              # of the small model, as `open_pair` gives it
+         names: tuple = ('', '')           # of the two checkpoints
+        ) -> dict:                         # `policy`, None: none is recommended; `why`
     "Find the fastest thresholds within `goal`, and time them on held-out examples"
     if min(n, held) < 2: raise ValueError('n and held must be 2 examples or more')
     out, (near, far) = Path(out), halves(rows, n, held)
@@ -381,7 +420,9 @@ def confirm(found: Search, results) -> dict: # of `read_run`
         found.balance = balance(found.chosen, large, mine, results.info['pass_times'])
     return result_rows(results)[-1]
 
-def check_possible(goal: Goal, held: int):
+def check_possible(goal: Goal,  # what is asked for
+                   held: int    # examples held out
+                  ):
     "A `ValueError` for what cannot be done, before anything runs"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ValueError('tune decides step by step: run it in one process')
