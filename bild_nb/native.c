@@ -26,6 +26,9 @@ enum { WIDTH = 8, MOST = 3 };
 enum { PANEL = 32, PARTS = PANEL/WIDTH, FEW = 5, ROWS = 192 };
 typedef float V __attribute__((vector_size(WIDTH*4), aligned(4))); /* unaligned loads */
 typedef int32_t VI __attribute__((vector_size(WIDTH*4), aligned(4)));
+typedef uint16_t Half __attribute__((vector_size(WIDTH*2), aligned(2)));
+typedef int8_t Byte __attribute__((vector_size(WIDTH), aligned(1)));
+enum { FP32, BF16, INT8 }; /* what keys and values are kept in */
 
 typedef struct {
     const void *w;       /* panels of 32 outputs */
@@ -40,7 +43,7 @@ typedef struct {
 } Layer;
 
 typedef struct { /* an encoder or a decoder */
-    int d, heads, dk, ff, gated, act, layers, causal;
+    int d, heads, dk, ff, gated, act, layers, causal, kv;
     float eps;
     long words; /* rows of the embedding */
     const float *embedding, *norm;
@@ -54,8 +57,8 @@ typedef struct { /* what belongs to one text */
     int nevers, n_ends;
     const float *line; long far;    /* position biases: a line for each head, from distance 1 - far */
     const float *mask;              /* added to the scores of the source; 0: none */
-    float *kv; long room;           /* keys and values of the text, for `room` tokens */
-    float *cross; long n, source;   /* of the source: `n` tokens, memory for `source` */
+    char *kv; long room;            /* keys and values of the text, for `room` tokens */
+    char *cross; long n, source;    /* of the source: `n` tokens, memory for `source` */
     float *work; long floats;       /* working memory */
     int threads;
 } Text;
@@ -365,49 +368,150 @@ void multiply(const Matrix *m, const float *x, int k, float *y, Word *bytes, Wor
 
 /* ------------------------------------- attention ------------------------------------- */
 
-/* One row after the other: a decoder's, whose result must be the same however many come at once. */
+/* A decoder's. Each row is summed in the same order, however many come at once. Of a layer there are the keys of
+   each head and then its values, in groups of 16 tokens: keys feature by feature, values token by token. In int8 a
+   group begins with its tokens' scales. */
 
-enum { SMALL = 64 }; /* heads up to this width are summed on the stack */
+enum { GROUP = 16, SPAN = GROUP/WIDTH, BESIDE = WIDTH == 16 ? 4 : 1 }; /* rows that read a key together */
 
-/* one head of one row: n keys and values out of rows that are `wide`; `s` has room for the scores,
-   and for the sum of a head that is wider than SMALL */
-INLINE void attend_(const float *q, const float *key, const float *value, long wide, long n,
-                    const int d, const float *bias, const float *mask, float *restrict s, float *out) {
-    long most = (n + WIDTH - 1)/WIDTH*WIDTH;
-    float here[SMALL], *o = d <= SMALL ? here : s + most, top, sum;
-    V total = {0};
-    for (long t = 0; t < most; t += WIDTH) {
-        V acc = {0};
-        for (int i = 0; i < d; i++) acc += q[i]*(*(const V *)(key + t*wide + i*WIDTH));
-        memcpy(s + t, &acc, sizeof acc);
+static long up(long n) { return (n + GROUP - 1)/GROUP*GROUP; }
+static long scales(int kind) { return kind == INT8 ? GROUP*sizeof(float) : 0; }
+static long group_bytes(int kind, int d) { return GROUP*(kind == FP32 ? 4L : kind == BF16 ? 2L : 1L)*d + scales(kind); }
+static long plane(int kind, int d, long room) { return room/GROUP*group_bytes(kind, d); } /* of a head */
+static long layer_bytes(const Stack *s, long room) { return 2*s->heads*plane(s->kv, s->dk, room); }
+long kv_bytes(const Stack *s, long room) { return s->layers*layer_bytes(s, room); }
+
+/* all that lies in a memory for `was` tokens, into one for `room` */
+void move_kv(const Stack *s, const char *from, long was, char *to, long room) {
+    long size = plane(s->kv, s->dk, was), next = plane(s->kv, s->dk, room);
+    for (long i = 0; i < 2L*s->layers*s->heads; i++) memcpy(to + i*next, from + i*size, size);
+}
+
+static uint16_t to_bf16(float x) { /* to the nearest, of two as near to the even one */
+    union { float f; uint32_t i; } u = { x };
+    return x != x ? 0x7fc0 : (u.i + 0x7fff + (u.i >> 16 & 1)) >> 16;
+}
+
+/* d numbers of token t into its group, number i to the place `first` + i*`step` */
+INLINE void keep(int kind, const float *x, int d, char *group, int t, const long first, const long step) {
+    if (kind == FP32) for (int i = 0; i < d; i++) ((float *)group)[first + i*step] = x[i];
+    else if (kind == BF16) for (int i = 0; i < d; i++) ((uint16_t *)group)[first + i*step] = to_bf16(x[i]);
+    else {
+        float top = 1e-30f, bad = 0, high = largest(x, d, 1), low = largest(x, d, -1);
+        int8_t *to = (int8_t *)group + scales(INT8) + first;
+        for (int i = 0; i < d; i++) bad += x[i]*0; /* NaN if one of them is no number */
+        top = high > top ? high : top;
+        top = low > top ? low : top;
+        ((float *)group)[t] = top/127 + bad;
+        for (int i = 0; i < d; i++) to[i*step] = bad != bad ? 0 : (int)rintf(x[i]*(127/top));
     }
+}
+
+/* k rows of keys and values, `step` apart, to `start` and after in a layer's memory for `room` */
+static void store(const Stack *s, const float *x, long step, long k, char *kv, long room, long start) {
+    int d = s->dk;
+    long in = (long)s->heads*d, size = plane(s->kv, d, room), bytes = group_bytes(s->kv, d);
+    for (long at = start; at < start + k; at++, x += step)
+        for (int head = 0, t = at % GROUP; head < s->heads; head++) {
+            char *key = kv + head*size + at/GROUP*bytes;
+            keep(s->kv, x + head*d, d, key, t, t, GROUP);
+            keep(s->kv, x + in + head*d, d, key + s->heads*size, t, t*d, 1);
+        }
+}
+
+/* WIDTH numbers from the i-th on */
+INLINE V read(const int kind, const char *at, long i) {
+    if (kind == FP32) return *(const V *)(at + i*4);
+    if (kind == INT8) return __builtin_convertvector(*(const Byte *)(at + i), V);
+    return (V)(__builtin_convertvector(*(const Half *)(at + i*2), VI) << 16);
+}
+
+INLINE float read_one(const int kind, const char *at, long i) {
+    if (kind == FP32) return *(const float *)(at + i*4);
+    if (kind == INT8) return *(const int8_t *)(at + i);
+    union { uint32_t i; float f; } u = { (uint32_t)*(const uint16_t *)(at + i*2) << 16 };
+    return u.f;
+}
+
+/* the scores of T groups of keys, of R rows q */
+INLINE void score(const int kind, const int R, const int T, const float *q, long row, const char *key, int d,
+                  float *s, long slot) {
+    long bytes = group_bytes(kind, d);
+    V acc[R][T*SPAN];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) acc[r][p] = (V){0};
+    for (int i = 0; i < d; i++) UNROLL for (int p = 0; p < T*SPAN; p++) {
+        V k = read(kind, key + p/SPAN*bytes + scales(kind), i*GROUP + p % SPAN*WIDTH);
+        UNROLL for (int r = 0; r < R; r++) acc[r][p] += q[r*row + i]*k;
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) {
+        if (kind == INT8) acc[r][p] *= ((const V *)(key + p/SPAN*bytes))[p % SPAN];
+        ((V *)(s + r*slot))[p] = acc[r][p];
+    }
+}
+
+/* n scores to weights, of values in int8 with their scales; returns the sum without these */
+INLINE float weigh(const int kind, float *s, long n, const float *bias, const float *mask, const char *value, long bytes) {
+    long most = up(n);
+    V total = {0};
     if (bias) for (long t = 0; t < n; t++) s[t] += bias[t];
     if (mask) for (long t = 0; t < n; t++) s[t] += mask[t];
     for (long t = n; t < most; t++) s[t] = -INFINITY;
-    top = largest(s, most, 1);
+    float top = largest(s, most, 1);
     for (long t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - top);
-    sum = add(total);
-    for (int i = 0; i < d; i++) o[i] = 0;
-    for (long t = 0; t < n; t++)
-        for (int i = 0; i < d; i++) o[i] += s[t]*value[t*wide + i];
-    for (int i = 0; i < d; i++) out[i] = o[i]/sum;
+    if (kind == INT8)
+        for (long t = 0; t < n; t++) s[t] *= ((const float *)(value + t/GROUP*bytes))[t % GROUP];
+    return add(total);
 }
 
-static void attend(const float *q, const float *key, const float *value, long wide, long n,
-                   int d, const float *bias, const float *mask, float *s, float *out) {
-    /* the usual sizes, unrolled */
-    if (d == 64) attend_(q, key, value, wide, n, 64, bias, mask, s, out);
-    else if (d == 32) attend_(q, key, value, wide, n, 32, bias, mask, s, out);
-    else attend_(q, key, value, wide, n, d, bias, mask, s, out);
-}
-
-/* k rows of keys and values, `step` apart, to `start` and after in a memory for `room` */
-static void store(const float *x, long step, int k, int in, float *kv, long room, long start) {
-    for (long at = start; at < start + k; at++, x += step) {
-        float *key = kv + at/WIDTH*WIDTH*in + at % WIDTH;
-        for (int i = 0; i < in; i++) key[i*WIDTH] = x[i];
-        memcpy(kv + (room + at)*in, x + in, in*sizeof(float));
+/* One head of R rows q, `row` apart. The first sees n keys, each other one `more` than the one before it (0 or 1);
+   `s` has room for the scores of all, `slot` apart, and for a sum of d, which `fixed` heads have in registers. */
+INLINE void attend_(const int kind, const int fixed, const int R, const float *q, long row, const char *key,
+                    const char *value, long n, const int more, const int d, const float *bias, const float *mask,
+                    float *s, long slot, float *out, long in) {
+    enum { FAR = WIDTH == 16 ? 4 : 2 };
+    const int T = R == 1 ? FAR : FAR/2;
+    long t = 0, last = n + more*(R - 1), bytes = group_bytes(kind, d);
+    float sum[R];
+    for (; t + T*GROUP <= last; t += T*GROUP) score(kind, R, T, q, row, key + t/GROUP*bytes, d, s + t, slot);
+    for (; t < last; t += GROUP) score(kind, R, 1, q, row, key + t/GROUP*bytes, d, s + t, slot);
+    UNROLL for (int r = 0; r < R; r++)
+        sum[r] = weigh(kind, s + r*slot, n + r*more, bias ? bias - r : 0, mask, value, bytes);
+    if (fixed) {
+        V o[R][fixed/WIDTH + !fixed];
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < fixed/WIDTH; p++) o[r][p] = (V){0};
+        for (t = 0; t < last; t++) {
+            const char *from = value + t/GROUP*bytes + scales(kind);
+            UNROLL for (int p = 0; p < fixed/WIDTH; p++) {
+                V v = read(kind, from, t % GROUP*d + p*WIDTH);
+                UNROLL for (int r = 0; r < R; r++) if (t < n || t < n + r*more) o[r][p] += s[r*slot + t]*v;
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < fixed/WIDTH; p++)
+            ((V *)(out + r*in))[p] = o[r][p]/sum[r];
+    } else {
+        float *o = s + up(n);
+        for (int i = 0; i < d; i++) o[i] = 0;
+        for (t = 0; t < n; t++) {
+            const char *from = value + t/GROUP*bytes + scales(kind);
+            for (int i = 0; i < d; i++) o[i] += s[t]*read_one(kind, from, t % GROUP*d + i);
+        }
+        for (int i = 0; i < d; i++) out[i] = o[i]/sum[0];
     }
+}
+
+/* one head of at most BESIDE rows; returns how many were done */
+static int attend(int kind, int rows, const float *q, long row, const char *key, const char *value, long n, int more,
+                  int d, const float *bias, const float *mask, float *s, long slot, float *out, long in) {
+#define SEE(K, D, R) attend_(K, D, R, q, row, key, value, n, more, D ? D : d, bias, mask, s, slot, out, in)
+#define HEADS(K, R) if (d == 64) SEE(K, 64, R); else SEE(K, 32, R);
+#define KINDS(CALL, ...) switch (kind) { case FP32: CALL(FP32, __VA_ARGS__) break; case BF16: CALL(BF16, __VA_ARGS__) \
+                                         break; case INT8: CALL(INT8, __VA_ARGS__) break; }
+#define ANY(K, R) SEE(K, 0, R);
+    int known = d == 64 || d == 32; /* the usual sizes, unrolled */
+    if (known && BESIDE >= 4 && rows >= 4) { KINDS(HEADS, 4) return 4; }
+    if (known && BESIDE >= 2 && rows >= 2) { KINDS(HEADS, 2) return 2; }
+    if (known) KINDS(HEADS, 1) else KINDS(ANY, 1)
+    return 1;
 }
 
 /* --------------------------------------- blocks --------------------------------------- */
@@ -539,7 +643,7 @@ typedef struct {
     float *x, *h, *q, *f; /* rows: the sum that goes through the layers, and what they make of it */
     float *kv;            /* keys and values of an encoder's layer */
     float *z;             /* logits of one row */
-    float *s; long slot;  /* scores, for each thread */
+    float *s; long slot;  /* scores: of a thread `slot` */
     Rows rows;
 } Work;
 
@@ -559,8 +663,7 @@ static long carve(const Stack *s, long k, long keys, long words, int threads,
                   float *memory, Work *w) {
     long used = 0, in = (long)s->heads*s->dk, wide = max_of(max_of(s->d, in), s->ff);
     long rows = k < ROWS ? k : ROWS; /* that a product, and the feed-forward part, take at a time */
-    long slot = (keys + 15)/16*16 + (s->dk > SMALL ? (s->dk + 15)/16*16 : 0);
-    if (!s->causal) slot = (block_floats(s->dk) + 15)/16*16;
+    long slot = s->causal ? BESIDE*up(keys) + up(s->dk) : up(block_floats(s->dk));
 #define TAKE(name, n) do { \
         long have = used, take = ((n) + 15)/16*16; \
         used += take + GAP; \
@@ -602,30 +705,38 @@ static int prepare(const Stack *s, const Text *c, long k, long keys, long words,
 
 /* --------------------------------------- layers --------------------------------------- */
 
+/* k rows q, `row` apart, look at the first n keys in a layer's memory for `room`, each row at `more` than the one
+   before it; what they see goes to h (k, in) */
+static void look(const Stack *s, const Text *c, const Work *w, const float *q, long row, long k, const char *kv, long room,
+                 long n, int more, float *h) {
+    int d = s->dk, t = c->threads;
+    long in = (long)s->heads*d, size = plane(s->kv, d, room), slot = up(n + more*k);
+    _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k*n*in >= 1 << 18)")
+    for (int head = 0; head < s->heads; head++) for (long first = 0; first < k; first += BESIDE) {
+        const char *key = kv + head*size;
+        float *scores = w->s + omp_get_thread_num()*w->slot;
+        long end = k < first + BESIDE ? k : first + BESIDE;
+        for (long r = first, i = (long)head*d; r < end;) {
+            const float *bias = more ? c->line + head*(2*c->far - 1) + c->far - n - r : 0;
+            r += attend(s->kv, end - r, q + r*row + i, row, key, key + s->heads*size, n + r*more, more, d,
+                        bias, more ? 0 : c->mask, scores, slot, h + r*in + i, in);
+        }
+    }
+}
+
 /* layer l of a part: keys and values of its rows q (k, 3 in) go into its text, what they see there to h (k, in) */
-static void see_text(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h, int threads) {
+static void see_text(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h) {
     const Text *c = part->text;
     long in = (long)s->heads*s->dk;
-    float *kv = c->kv + l*2*c->room*in;
-    store(q + in, 3*in, part->k, in, kv, c->room, part->at);
-    _Pragma("omp parallel for collapse(2) num_threads(threads) if(threads > 1 && part->k > 8)")
-    for (int r = 0; r < part->k; r++) for (int head = 0; head < s->heads; head++) {
-        long at = part->at + r, i = (long)head*s->dk;
-        const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
-        float *scores = w->s + omp_get_thread_num()*w->slot;
-        attend(q + 3L*r*in + i, kv + i*WIDTH, kv + c->room*in + i, in, at + 1, s->dk,
-               bias, 0, scores, h + (long)r*in + i);
-    }
+    char *kv = c->kv + l*layer_bytes(s, c->room);
+    store(s, q + in, 3*in, part->k, kv, c->room, part->at);
+    look(s, c, w, q, 3*in, part->k, kv, c->room, part->at + 1, 1, h);
 }
 
 /* what they see of the source: from q (k, in) to h (k, in) */
 static void see_source(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h) {
     const Text *c = part->text;
-    long in = (long)s->heads*s->dk;
-    const float *source = c->cross + l*2*c->source*in;
-    for (long r = 0; r < part->k; r++) for (int i = 0; i < in; i += s->dk)
-        attend(q + r*in + i, source + i*WIDTH, source + c->source*in + i, in, c->n, s->dk,
-               0, c->mask, w->s, h + r*in + i);
+    look(s, c, w, q, (long)s->heads*s->dk, part->k, c->cross + l*layer_bytes(s, c->source), c->source, c->n, 0, h);
 }
 
 /* all layers, over k rows: of an encoder (n = 0) those of text c, of a decoder those of n parts */
@@ -638,7 +749,7 @@ static void layers(const Stack *s, const Text *c, Work *w, int k, const Part *pa
         norm(x, y->norm, k, d, s->eps, h);
         product(&y->qkv, h, k, q, 0, &w->rows, t);
         if (!n) attention(q, k, s->heads, s->dk, c->line, c->far, c->mask, w->kv, w->s, w->slot, h, t);
-        for (const Part *p = parts; p < parts + n; r += p++->k) see_text(s, p, w, l, q + 3*r*in, h + r*in, t);
+        for (const Part *p = parts; p < parts + n; r += p++->k) see_text(s, p, w, l, q + 3*r*in, h + r*in);
         product(&y->o, h, k, x, 1, &w->rows, t);
         if (n) {
             norm(x, y->cross_norm, k, d, s->eps, h);
@@ -687,11 +798,11 @@ static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t 
 static int cross(const Stack *s, const Text *c, const float *x) {
     Work w;
     long in = (long)s->heads*s->dk;
-    if (!x || !c->cross || c->source < c->n || c->source % WIDTH) return BAD_SIZE;
+    if (!x || !c->cross || c->source < c->n || c->source % GROUP) return BAD_SIZE;
     if (prepare(s, c, c->n, c->n, c->vocab, &w)) return BAD_SIZE;
     for (int l = 0; l < s->layers; l++) {
         product(&s->layer[l].cross_kv, x, c->n, w.q, 0, &w.rows, c->threads);
-        store(w.q, 2*in, c->n, in, c->cross + l*2*c->source*in, c->source, 0);
+        store(s, w.q, 2*in, c->n, c->cross + l*layer_bytes(s, c->source), c->source, 0);
     }
     return DONE;
 }
@@ -748,8 +859,8 @@ static int fits(const Stack *s, const Part *part, long vocab) {
     if (!c || !part->tokens || !c->kv || !c->cross || !c->line) return 0;
     if (k < 1 || k > LONGEST || part->last < 1 || part->last > k) return 0;
     if (at < 0 || more < 0 || more > c->room) return 0;
-    if (k + more > c->room - at || k + more > c->far - at || c->room % WIDTH) return 0;
-    if (c->n < 1 || c->n > c->source || c->source % WIDTH) return 0;
+    if (k + more > c->room - at || k + more > c->far - at || c->room % GROUP) return 0;
+    if (c->n < 1 || c->n > c->source || c->source % GROUP) return 0;
     return c->vocab == vocab && vocab >= 1 && vocab <= s->head.out;
 }
 
