@@ -196,8 +196,23 @@ static __attribute__((noinline)) void put(const V *sums, int rows, float *y, lon
         }
 }
 
-/* y (R, cols) = or += x (R, in) times a panel; x has its rows `row` apart and its inputs `next` */
-INLINE void panel32(const int R, const float *w, const float *x, const long row, const long next, int in,
+/* Two products of bf16 in a word, added to a sum in fp32; and a vector in bf16 */
+#ifdef __AVX512BF16__
+enum { PAIRS = 1 };
+INLINE void halve(V x, uint16_t *to) { __m256bh h = _mm512_cvtneps_pbh((__m512)x); memcpy(to, &h, sizeof h); }
+INLINE V dot2(V acc, float x, V w) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"((V){0} + x), "v"(w));
+    return acc;
+}
+#else
+enum { PAIRS = 0 }; /* not here */
+INLINE void halve(V x, uint16_t *to) {}
+INLINE V dot2(V acc, float x, V w) { return acc; }
+#endif
+
+/* y (R, cols) = or += x (R, in) times a panel; x has its rows `row` apart and its inputs `next`; with `two`
+   an input is a pair in bf16 */
+INLINE void panel32(const int two, const int R, const float *w, const float *x, const long row, const long next, int in,
                     float *y, long out, int cols, int add) {
     V acc[MOST][PARTS];
     UNROLL for (int r = 0; r < R; r++)
@@ -207,7 +222,7 @@ INLINE void panel32(const int R, const float *w, const float *x, const long row,
         const V *v = (const V *)(w + (long)i*PANEL);
         AHEAD
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] += v[p]*x[r*row];
+            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = two ? dot2(acc[r][p], x[r*row], v[p]) : acc[r][p] + v[p]*x[r*row];
     }
     V sums[MOST*PARTS];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r*PARTS + p] = acc[r][p];
@@ -348,7 +363,7 @@ static void product(const Matrix *m, const float *x, int k, float *y, int add, c
             float *to = y + (long)r*m->out + first;
 #define CASE(R, ROW, NEXT) case R: \
             if (m->scale) panel8(R, m, first, at, ROW, NEXT, step + r, zero + r, to, cols, add); \
-            else panel32(R, panel, (const float *)at, ROW, NEXT, n, to, m->out, cols, add); \
+            else panel32(0, R, panel, (const float *)at, ROW, NEXT, n, to, m->out, cols, add); \
             break;
             switch (AT(b + 1) - r) {
                 CASE(1, n, 1) CASE(2, n, 1) CASE(3, n, 1)
@@ -372,7 +387,12 @@ void multiply(const Matrix *m, const float *x, int k, float *y, Word *bytes, Wor
    each head and then its values, in groups of 16 tokens: keys feature by feature, values token by token. In int8 a
    group begins with its tokens' scales. */
 
-enum { GROUP = 16, SPAN = GROUP/WIDTH, BESIDE = WIDTH == 16 ? 4 : 1 }; /* rows that read a key together */
+enum { GROUP = 16, SPAN = GROUP/WIDTH };
+#ifdef __AVX512BW__
+enum { BESIDE = 4 }; /* rows that read a key together */
+#else
+enum { BESIDE = 1 };
+#endif
 
 static long up(long n) { return (n + GROUP - 1)/GROUP*GROUP; }
 static long scales(int kind) { return kind == INT8 ? GROUP*sizeof(float) : 0; }
@@ -387,7 +407,7 @@ void move_kv(const Stack *s, const char *from, long was, char *to, long room) {
     for (long i = 0; i < 2L*s->layers*s->heads; i++) memcpy(to + i*next, from + i*size, size);
 }
 
-static uint16_t to_bf16(float x) { /* to the nearest, of two as near to the even one */
+INLINE uint16_t to_bf16(float x) { /* to the nearest, of two as near to the even one */
     union { float f; uint32_t i; } u = { x };
     return x != x ? 0x7fc0 : (u.i + 0x7fff + (u.i >> 16 & 1)) >> 16;
 }
@@ -434,8 +454,8 @@ INLINE float read_one(const int kind, const char *at, long i) {
 }
 
 /* the scores of T groups of keys, of R rows q */
-INLINE void score(const int kind, const int R, const int T, const float *q, long row, const char *key, int d,
-                  float *s, long slot) {
+INLINE void score_(const int kind, const int R, const int T, const float *q, long row, const char *key, int d,
+                   float *s, long slot) {
     long bytes = group_bytes(kind, d);
     V acc[R][T*SPAN];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) acc[r][p] = (V){0};
@@ -449,8 +469,16 @@ INLINE void score(const int kind, const int R, const int T, const float *q, long
     }
 }
 
-/* n scores to weights, of values in int8 with their scales; returns the sum without these */
-INLINE float weigh(const int kind, float *s, long n, const float *bias, const float *mask, const char *value, long bytes) {
+/* of n keys, some groups at once, so that a sum need not wait for itself */
+INLINE void score(const int kind, const int R, const float *q, long row, const char *key, long n, int d, float *s, long slot) {
+    const int T = 32/WIDTH*(R == 1 ? 2 : 1);
+    long t = 0, bytes = group_bytes(kind, d);
+    for (; t + T*GROUP <= n; t += T*GROUP, key += T*bytes) score_(kind, R, T, q, row, key, d, s + t, slot);
+    for (; t < n; t += GROUP, key += bytes) score_(kind, R, 1, q, row, key, d, s + t, slot);
+}
+
+/* n scores to weights, of values with scales these times the scales; returns the sum without them */
+static float weigh(float *s, long n, const float *bias, const float *mask, const char *value, long bytes) {
     long most = up(n);
     V total = {0};
     if (bias) for (long t = 0; t < n; t++) s[t] += bias[t];
@@ -458,60 +486,57 @@ INLINE float weigh(const int kind, float *s, long n, const float *bias, const fl
     for (long t = n; t < most; t++) s[t] = -INFINITY;
     float top = largest(s, most, 1);
     for (long t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - top);
-    if (kind == INT8)
-        for (long t = 0; t < n; t++) s[t] *= ((const float *)(value + t/GROUP*bytes))[t % GROUP];
+    if (value) for (long t = 0; t < n; t++) s[t] *= ((const float *)(value + t/GROUP*bytes))[t % GROUP];
     return add(total);
 }
 
-/* One head of R rows q, `row` apart. The first sees n keys, each other one `more` than the one before it (0 or 1);
-   `s` has room for the scores of all, `slot` apart, and for a sum of d, which `fixed` heads have in registers. */
-INLINE void attend_(const int kind, const int fixed, const int R, const float *q, long row, const char *key,
-                    const char *value, long n, const int more, const int d, const float *bias, const float *mask,
-                    float *s, long slot, float *out, long in) {
-    enum { FAR = WIDTH == 16 ? 4 : 2 };
-    const int T = R == 1 ? FAR : FAR/2;
-    long t = 0, last = n + more*(R - 1), bytes = group_bytes(kind, d);
-    float sum[R];
-    for (; t + T*GROUP <= last; t += T*GROUP) score(kind, R, T, q, row, key + t/GROUP*bytes, d, s + t, slot);
-    for (; t < last; t += GROUP) score(kind, R, 1, q, row, key + t/GROUP*bytes, d, s + t, slot);
-    UNROLL for (int r = 0; r < R; r++)
-        sum[r] = weigh(kind, s + r*slot, n + r*more, bias ? bias - r : 0, mask, value, bytes);
-    if (fixed) {
-        V o[R][fixed/WIDTH + !fixed];
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < fixed/WIDTH; p++) o[r][p] = (V){0};
-        for (t = 0; t < last; t++) {
-            const char *from = value + t/GROUP*bytes + scales(kind);
-            UNROLL for (int p = 0; p < fixed/WIDTH; p++) {
-                V v = read(kind, from, t % GROUP*d + p*WIDTH);
-                UNROLL for (int r = 0; r < R; r++) if (t < n || t < n + r*more) o[r][p] += s[r*slot + t]*v;
-            }
+/* the values of n tokens in their weights, over the sum of these: `wide` numbers of R rows, of which each sees
+   `more` tokens more than the one before it (0 or 1) */
+INLINE void mix(const int kind, const int wide, const int R, const float *s, long slot, const char *value, long n, int more,
+                int d, const float *sum, float *out, long in) {
+    V o[R][wide/WIDTH];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < wide/WIDTH; p++) o[r][p] = (V){0};
+    for (long t = 0; t < n + more*(R - 1); t++) {
+        const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
+        UNROLL for (int p = 0; p < wide/WIDTH; p++) {
+            V v = read(kind, from, t % GROUP*d + p*WIDTH);
+            UNROLL for (int r = 0; r < R; r++) if (t < n || t < n + r*more) o[r][p] += s[r*slot + t]*v;
         }
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < fixed/WIDTH; p++)
-            ((V *)(out + r*in))[p] = o[r][p]/sum[r];
-    } else {
-        float *o = s + up(n);
-        for (int i = 0; i < d; i++) o[i] = 0;
-        for (t = 0; t < n; t++) {
-            const char *from = value + t/GROUP*bytes + scales(kind);
-            for (int i = 0; i < d; i++) o[i] += s[t]*read_one(kind, from, t % GROUP*d + i);
-        }
-        for (int i = 0; i < d; i++) out[i] = o[i]/sum[0];
     }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < wide/WIDTH; p++) ((V *)(out + r*in))[p] = o[r][p]/sum[r];
 }
 
-/* one head of at most BESIDE rows; returns how many were done */
+/* as `mix`, for heads of any width: one row, with room for the sum behind its scores */
+INLINE void mix_any(const int kind, const float *s, const char *value, long n, int d, float sum, float *o, float *out) {
+    for (int i = 0; i < d; i++) o[i] = 0;
+    for (long t = 0; t < n; t++) {
+        const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
+        for (int i = 0; i < d; i++) o[i] += s[t]*read_one(kind, from, t % GROUP*d + i);
+    }
+    for (int i = 0; i < d; i++) out[i] = o[i]/sum;
+}
+
+/* One head of at most `rows` rows q, `row` apart; returns how many were done. The first sees n keys, each other one
+   `more` than the one before it; `s` has room for the scores of all, `slot` apart, and for a sum of d. */
+INLINE int attend_(const int kind, int rows, const float *q, long row, const char *key, const char *value, long n, int more,
+                   int d, const float *bias, const float *mask, float *s, long slot, float *out, long in) {
+    int many = rows >= BESIDE && BESIDE > 1 && d % 32 == 0;
+    float sum[BESIDE];
+    if (many) score(kind, BESIDE, q, row, key, n + more*(BESIDE - 1), d, s, slot);
+    else score(kind, 1, q, row, key, n, d, s, slot);
+    for (int r = 0; r < (many ? BESIDE : 1); r++)
+        sum[r] = weigh(s + r*slot, n + r*more, bias ? bias - r : 0, mask, kind == INT8 ? value : 0, group_bytes(kind, d));
+#define MIX(WIDE, R) mix(kind, WIDE, R, s, slot, value + i*(kind == FP32 ? 4 : kind == BF16 ? 2 : 1), n, more, d, sum, out + i, in)
+    if (d % 64 == 0) for (int i = 0; i < d; i += 64) if (many) MIX(64, BESIDE); else MIX(64, 1);
+    else if (d % 32 == 0) for (int i = 0; i < d; i += 32) if (many) MIX(32, BESIDE); else MIX(32, 1);
+    else mix_any(kind, s, value, n, d, sum[0], s + up(n), out);
+    return many ? BESIDE : 1;
+}
+
 static int attend(int kind, int rows, const float *q, long row, const char *key, const char *value, long n, int more,
                   int d, const float *bias, const float *mask, float *s, long slot, float *out, long in) {
-#define SEE(K, D, R) attend_(K, D, R, q, row, key, value, n, more, D ? D : d, bias, mask, s, slot, out, in)
-#define HEADS(K, R) if (d == 64) SEE(K, 64, R); else SEE(K, 32, R);
-#define KINDS(CALL, ...) switch (kind) { case FP32: CALL(FP32, __VA_ARGS__) break; case BF16: CALL(BF16, __VA_ARGS__) \
-                                         break; case INT8: CALL(INT8, __VA_ARGS__) break; }
-#define ANY(K, R) SEE(K, 0, R);
-    int known = d == 64 || d == 32; /* the usual sizes, unrolled */
-    if (known && BESIDE >= 4 && rows >= 4) { KINDS(HEADS, 4) return 4; }
-    if (known && BESIDE >= 2 && rows >= 2) { KINDS(HEADS, 2) return 2; }
-    if (known) KINDS(HEADS, 1) else KINDS(ANY, 1)
-    return 1;
+#define SEE(K) attend_(K, rows, q, row, key, value, n, more, d, bias, mask, s, slot, out, in)
+    return kind == FP32 ? SEE(FP32) : kind == BF16 ? SEE(BF16) : SEE(INT8);
 }
 
 /* --------------------------------------- blocks --------------------------------------- */
@@ -520,30 +545,39 @@ static int attend(int kind, int rows, const float *q, long row, const char *key,
 
 enum { QUERIES = 48, KEYS = 192 }; /* whose scores are made at a time */
 
+static int in_pairs(int kind) { return PAIRS && kind != FP32; }
 static long whole(long n) { return (n + PANEL - 1)/PANEL*PANEL; }
 static long kv_floats(long n, int heads, int d) { return heads*whole(n)*(d + whole(d)); }
-static long block_floats(int d) { return QUERIES*(d + KEYS + whole(d)); } /* that a thread works in */
+static long block_floats(int d) { return QUERIES*(d + 1 + KEYS + whole(d)); } /* that a thread works in */
+
+/* number i of a panel, of the j-th output; with `two` two inputs are side by side, in bf16 */
+INLINE void put_panel(const int two, float *panel, long i, int j, float x) {
+    if (two) ((uint16_t *)panel)[(i/2*PANEL + j)*2 + i % 2] = to_bf16(x);
+    else panel[i*PANEL + j] = x;
+}
 
 /* keys and values of n rows x, `row` apart, that are `in` apart: of each head the keys in panels of 32 tokens,
-   feature by feature, and the values in panels of 32 features, token by token; with zeros where none are */
-static void store_panels(const float *x, long row, long n, int heads, int d, float *kv) {
-    long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d);
-    for (long t = 0; t < room; t += PANEL) for (int head = 0; head < heads; head++)
-        for (int j = 0; j < PANEL; j++) {
-            float *key = kv + head*size + t*d + j, *value = kv + head*size + room*d + (t + j)*PANEL;
-            const float *from = x + (t + j)*row + (long)head*d;
-            for (int i = 0; i < d; i++) key[i*PANEL] = t + j < n ? from[i] : 0;
-            for (int p = 0; p < d; p += PANEL, value += room*PANEL) {
-                int have = t + j >= n ? 0 : d - p < PANEL ? d - p : PANEL;
-                memcpy(value, from + in + p, have*sizeof(float));
-                memset(value + have, 0, (PANEL - have)*sizeof(float));
-            }
-        }
+   feature by feature, and the values in panels of 32 features, token by token; with zeros where none are.
+   (Here the rows from `t` to `end`, and with the last of them the zeros behind it.) */
+INLINE void store_panels_(const int two, const float *x, long row, long n, int heads, int d, float *kv, long t, long end) {
+    long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d), wide = whole(d);
+    for (end = end < n ? end : room; t < end; t++) for (int head = 0; head < heads; head++) {
+        float *key = kv + head*size + t/PANEL*PANEL*d, *value = kv + head*size + room*d;
+        const float *from = x + t*row + (long)head*d;
+        for (int i = 0; i < d + d % 2*two; i++) put_panel(two, key, i, t % PANEL, t < n && i < d ? from[i] : 0);
+        for (int i = 0; i < wide; i++)
+            put_panel(two, value + i/PANEL*room*PANEL, t, i % PANEL, t < n && i < d ? from[in + i] : 0);
+    }
+}
+
+static void store_panels(int two, const float *x, long row, long n, int heads, int d, float *kv, long t, long end) {
+    if (two) store_panels_(1, x, row, n, heads, d, kv, t, end);
+    else store_panels_(0, x, row, n, heads, d, kv, t, end);
 }
 
 /* scores s of n keys to exp(s - top), where `top` is the largest that was met; what was summed up
-   before, `sum` and o (d), is brought down to the new top */
-INLINE void soften(float *s, int n, const float *bias, const float *mask, float *top, float *sum,
+   before, `sum` and o (d), is brought down to the new top. With `two` the results are in bf16. */
+INLINE void soften(const int two, float *s, int n, const float *bias, const float *mask, float *top, float *sum,
                    float *o, int d) {
     int t = 0, most = (n + WIDTH - 1)/WIDTH*WIDTH;
     V total = {0}, m = total + *top;
@@ -560,7 +594,12 @@ INLINE void soften(float *s, int n, const float *bias, const float *mask, float 
         now = s[t] > now ? s[t] : now;
     }
     for (; t < most; t++) s[t] = -INFINITY;
-    for (t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - now);
+    for (t = 0; t < most; t += WIDTH) {
+        V e = exps(*(V *)(s + t) - now);
+        total += e;
+        if (two) halve(e, (uint16_t *)s + t);
+        else *(V *)(s + t) = e;
+    }
     if (now != *top) {
         float down = fast_exp(*top - now);
         *sum *= down;
@@ -571,43 +610,62 @@ INLINE void soften(float *s, int n, const float *bias, const float *mask, float 
 }
 
 /* one head of at most QUERIES rows q, `row` apart, over all n keys; `bias` is the first row's, and
-   `work` has room for block_floats */
-static void attend_block(const float *q, long row, int rows, const float *key, const float *value, long n,
-                         int d, const float *bias, const float *mask, float *work, float *out, long in) {
+   `work` has room for block_floats. With `two` all products are of bf16. */
+INLINE void attend_block_(const int two, const float *q, long row, int rows, const float *key, const float *value, long n,
+                          int d, const float *bias, const float *mask, float *work, float *out, long in) {
     long room = whole(n), wide = whole(d);
-    float *packed = work, *s = packed + QUERIES*d, *o = s + QUERIES*KEYS, top[QUERIES], sum[QUERIES];
-    for (int r = 0; r < QUERIES; r++) { /* in groups of MOST; rows that are none are zeros */
-        float *to = packed + r/MOST*MOST*d + r % MOST;
-        for (int i = 0; i < d; i++) to[i*MOST] = r < rows ? q[r*row + i] : 0;
+    int most = (rows + MOST - 1)/MOST*MOST, inputs = two ? (d + 1)/2 : d;
+    float *packed = work, *s = packed + QUERIES*(d + 1), *o = s + QUERIES*KEYS, top[QUERIES], sum[QUERIES];
+    for (int r = 0; r < most; r++) { /* in groups of MOST; rows that are none are zeros */
+        float *to = packed + r/MOST*MOST*inputs + r % MOST;
+        for (int i = 0; i < d + d % 2*two; i++) {
+            float x = r < rows && i < d ? q[r*row + i] : 0;
+            if (two) ((uint16_t *)(to + i/2*MOST))[i % 2] = to_bf16(x);
+            else to[i*MOST] = x;
+        }
         top[r] = -FLT_MAX;
         sum[r] = 0;
     }
-    memset(o, 0, QUERIES*wide*sizeof(float));
+    memset(o, 0, most*wide*sizeof(float));
     for (long t = 0; t < n; t += KEYS) {
         int keys = n - t < KEYS ? n - t : KEYS;
         for (int c = 0; c < keys; c += PANEL) for (int r = 0; r < rows; r += MOST)
-            panel32(MOST, key + (t + c)*d, packed + r*d, 1, MOST, d, s + r*KEYS + c, KEYS, PANEL, 0);
+            panel32(two, MOST, key + (t + c)*d, packed + r*inputs, 1, MOST, inputs, s + r*KEYS + c, KEYS, PANEL, 0);
         for (int r = 0; r < rows; r++)
-            soften(s + r*KEYS, keys, bias - r + t, mask ? mask + t : 0, top + r, sum + r, o + r*wide, wide);
+            soften(two, s + r*KEYS, keys, bias - r + t, mask ? mask + t : 0, top + r, sum + r, o + r*wide, wide);
         for (int c = 0; c < wide; c += PANEL) for (int r = 0; r < rows; r += MOST)
-            panel32(MOST, value + c*room + t*PANEL, s + r*KEYS, KEYS, 1, keys, o + r*wide + c, wide, PANEL, 1);
+            panel32(two, MOST, value + c*room + t*PANEL/(1 + two), s + r*KEYS, KEYS, 1, (keys + two)/(1 + two),
+                    o + r*wide + c, wide, PANEL, 1);
     }
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < d; i++) out[r*in + i] = o[r*wide + i]/sum[r];
 }
 
-/* n tokens that all see each other: from queries, keys and values q (n, 3 in) to out (n, in), with the
-   bias of each head in a line; `slot` of `work` belong to one thread. (Not static, for tests.) */
-void attention(const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
-               float *kv, float *work, long slot, float *out, int threads) {
+static void attend_block(int two, const float *q, long row, int rows, const float *key, const float *value, long n,
+                         int d, const float *bias, const float *mask, float *work, float *out, long in) {
+    if (two) attend_block_(1, q, row, rows, key, value, n, d, bias, mask, work, out, in);
+    else attend_block_(0, q, row, rows, key, value, n, d, bias, mask, work, out, in);
+}
+
+/* n tokens that all see each other: from queries q (n, 3 in) and keys and values kv to out (n, in), with
+   the bias of each head in a line; `slot` of `work` belong to one thread */
+static void attend_all(int two, const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
+                       const float *kv, float *work, long slot, float *out, int threads) {
     long in = (long)heads*d;
-    store_panels(q + in, 3*in, n, heads, d, kv);
     _Pragma("omp parallel for collapse(2) num_threads(threads) if(threads > 1 && n > 8)")
     for (int head = 0; head < heads; head++) for (long r = 0; r < n; r += QUERIES) {
         const float *key = kv + head*kv_floats(n, 1, d), *bias = line + head*(2*far - 1) + far - 1 - r;
-        attend_block(q + 3*r*in + head*d, 3*in, n - r < QUERIES ? n - r : QUERIES, key, key + whole(n)*d, n, d,
+        attend_block(two, q + 3*r*in + head*d, 3*in, n - r < QUERIES ? n - r : QUERIES, key, key + whole(n)*d, n, d,
                      bias, mask, work + omp_get_thread_num()*slot, out + r*in + head*d, in);
     }
+}
+
+/* for tests */
+void attention(int kind, const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
+               float *kv, float *work, long slot, float *out, int threads) {
+    long in = (long)heads*d;
+    store_panels(in_pairs(kind), q + in, 3*in, n, heads, d, kv, 0, n);
+    attend_all(in_pairs(kind), q, n, heads, d, line, far, mask, kv, work, slot, out, threads);
 }
 
 /* ---------------------------------------- feed ---------------------------------------- */
@@ -639,12 +697,15 @@ static void activate(const Stack *s, int k, float *h) {
 
 /* --------------------------------------- memory --------------------------------------- */
 
+typedef struct { long f, n, bytes, sides; } Own; /* how much of each of these belongs to a thread */
+
 typedef struct {
     float *x, *h, *q, *f; /* rows: the sum that goes through the layers, and what they make of it */
-    float *kv;            /* keys and values of an encoder's layer */
+    float *kv, *n;        /* of an encoder: keys and values of a layer; normed rows */
     float *z;             /* logits of one row */
     float *s; long slot;  /* scores: of a thread `slot` */
     Rows rows;
+    Own own;
 } Work;
 
 #ifdef __SANITIZE_ADDRESS__ /* pieces lie apart, and what lies between them is forbidden */
@@ -664,6 +725,7 @@ static long carve(const Stack *s, long k, long keys, long words, int threads,
     long used = 0, in = (long)s->heads*s->dk, wide = max_of(max_of(s->d, in), s->ff);
     long rows = k < ROWS ? k : ROWS; /* that a product, and the feed-forward part, take at a time */
     long slot = s->causal ? BESIDE*up(keys) + up(s->dk) : up(block_floats(s->dk));
+    Own own = { up(rows*s->ff*(1 + s->gated)), s->causal ? 0 : up(rows*s->d), up(rows*((wide + 3)/4)), up(rows*wide) };
 #define TAKE(name, n) do { \
         long have = used, take = ((n) + 15)/16*16; \
         used += take + GAP; \
@@ -674,13 +736,17 @@ static long carve(const Stack *s, long k, long keys, long words, int threads,
     TAKE(x, k*s->d);
     TAKE(h, k*max_of(s->d, in));
     TAKE(q, 3*k*in);
-    TAKE(f, rows*s->ff*(1 + s->gated));
+    TAKE(f, own.f*threads);
+    TAKE(n, own.n*threads);
     TAKE(kv, s->causal ? 0 : kv_floats(k, s->heads, s->dk));
     TAKE(z, words);
     TAKE(s, slot*threads);
-    TAKE(rows.bytes, rows*((wide + 3)/4));
-    TAKE(rows.sides, rows*wide);
-    if (memory) w->slot = slot;
+    TAKE(rows.bytes, own.bytes*threads);
+    TAKE(rows.sides, own.sides*threads);
+    if (memory) {
+        w->slot = slot;
+        w->own = own;
+    }
     return used;
 }
 
@@ -710,7 +776,7 @@ static int prepare(const Stack *s, const Text *c, long k, long keys, long words,
 static void look(const Stack *s, const Text *c, const Work *w, const float *q, long row, long k, const char *kv, long room,
                  long n, int more, float *h) {
     int d = s->dk, t = c->threads;
-    long in = (long)s->heads*d, size = plane(s->kv, d, room), slot = up(n + more*k);
+    long in = (long)s->heads*d, size = plane(s->kv, d, room), slot = up(n + more*(k - 1));
     _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k*n*in >= 1 << 18)")
     for (int head = 0; head < s->heads; head++) for (long first = 0; first < k; first += BESIDE) {
         const char *key = kv + head*size;
@@ -739,32 +805,79 @@ static void see_source(const Stack *s, const Part *part, const Work *w, int l, c
     look(s, c, w, q, (long)s->heads*s->dk, part->k, c->cross + l*layer_bytes(s, c->source), c->source, c->n, 0, h);
 }
 
-/* all layers, over k rows: of an encoder (n = 0) those of text c, of a decoder those of n parts */
-static void layers(const Stack *s, const Text *c, Work *w, int k, const Part *parts, int n) {
+/* rows r to r + k go through the feed-forward part of layer y */
+static void feed(const Stack *s, const Layer *y, const Work *w, long r, int k, float *h, int threads) {
+    norm(w->x + r*s->d, y->feed_norm, k, s->d, s->eps, h);
+    product(&y->wi, h, k, w->f, 0, &w->rows, threads);
+    activate(s, k, w->f);
+    product(&y->wo, w->f, k, w->x + r*s->d, 1, &w->rows, threads);
+}
+
+/* all layers of a decoder, over the k rows of n parts */
+static void decoder_layers(const Stack *s, const Text *c, const Work *w, int k, const Part *parts, int n) {
     int d = s->d, in = s->heads*s->dk, t = c->threads;
-    float *x = w->x, *h = w->h, *q = w->q, *f = w->f;
+    float *x = w->x, *h = w->h, *q = w->q;
     for (int l = 0; l < s->layers; l++) {
         const Layer *y = s->layer + l;
         long r = 0;
         norm(x, y->norm, k, d, s->eps, h);
         product(&y->qkv, h, k, q, 0, &w->rows, t);
-        if (!n) attention(q, k, s->heads, s->dk, c->line, c->far, c->mask, w->kv, w->s, w->slot, h, t);
         for (const Part *p = parts; p < parts + n; r += p++->k) see_text(s, p, w, l, q + 3*r*in, h + r*in);
         product(&y->o, h, k, x, 1, &w->rows, t);
-        if (n) {
-            norm(x, y->cross_norm, k, d, s->eps, h);
-            product(&y->cross_q, h, k, q, 0, &w->rows, t);
-            r = 0;
-            for (const Part *p = parts; p < parts + n; r += p++->k) see_source(s, p, w, l, q + r*in, h + r*in);
-            product(&y->cross_o, h, k, x, 1, &w->rows, t);
-        }
-        for (r = 0; r < k; r += ROWS) { /* so that what is between its products stays in a cache */
-            int rows = k - r < ROWS ? k - r : ROWS;
-            norm(x + r*d, y->feed_norm, rows, d, s->eps, h);
-            product(&y->wi, h, rows, f, 0, &w->rows, t);
-            activate(s, rows, f);
-            product(&y->wo, f, rows, x + r*d, 1, &w->rows, t);
-        }
+        norm(x, y->cross_norm, k, d, s->eps, h);
+        product(&y->cross_q, h, k, q, 0, &w->rows, t);
+        r = 0;
+        for (const Part *p = parts; p < parts + n; r += p++->k) see_source(s, p, w, l, q + r*in, h + r*in);
+        product(&y->cross_o, h, k, x, 1, &w->rows, t);
+        for (r = 0; r < k; r += ROWS) feed(s, y, w, r, k - r < ROWS ? k - r : ROWS, h, t);
+    }
+}
+
+/* A source's rows in pieces. A thread takes one after the other and keeps what it makes of it in its caches; it waits
+   for the rest where a token must see the others. Pieces of few rows share the panels of each product instead. */
+enum { PIECE = 12 };
+static long pieces(long k, int threads) {
+    long n = (k + ROWS - 1)/ROWS;
+    return threads < 2 || k < threads*PIECE ? n : (n + threads - 1)/threads*threads;
+}
+
+/* the working memory of this thread */
+static Work own(const Work *w) {
+    Work mine = *w;
+    long t = omp_get_thread_num();
+    mine.f += t*w->own.f;
+    mine.n += t*w->own.n;
+    mine.rows.bytes += t*w->own.bytes;
+    mine.rows.sides += t*w->own.sides;
+    return mine;
+}
+
+/* what is to be done for each piece of k rows: those from r to end, with m, the thread's working memory, and products' threads u */
+#define PIECES(...) { \
+    long n = pieces(k, t); \
+    int split = t > 1 && n >= t, u = split ? 1 : t; \
+    _Pragma("omp parallel for num_threads(t) schedule(static) if(split)") \
+    for (long p = 0; p < n; p++) { \
+        Work m = split ? own(w) : *w; \
+        long r = p*k/n, end = (p + 1)*k/n; \
+        __VA_ARGS__ \
+    } \
+}
+
+/* all layers of an encoder, over the k rows of text c */
+static void encoder_layers(const Stack *s, const Text *c, const Work *w, long k) {
+    long d = s->d, in = (long)s->heads*s->dk, t = c->threads;
+    for (const Layer *y = s->layer; y < s->layer + s->layers; y++) {
+        PIECES(
+            norm(m.x + r*d, y->norm, end - r, d, s->eps, m.n);
+            product(&y->qkv, m.n, end - r, m.q + 3*r*in, 0, &m.rows, u);
+            store_panels(in_pairs(s->kv), m.q + in, 3*in, k, s->heads, s->dk, m.kv, r, end);
+        )
+        attend_all(in_pairs(s->kv), w->q, k, s->heads, s->dk, c->line, c->far, c->mask, w->kv, w->s, w->slot, w->h, t);
+        PIECES(
+            product(&y->o, m.h + r*in, end - r, m.x + r*d, 1, &m.rows, u);
+            feed(s, y, &m, r, end - r, m.n, u);
+        )
     }
 }
 
@@ -789,21 +902,24 @@ static int embed(const Stack *s, int k, const int64_t *tokens, float *x) {
 static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t *tokens) {
     if (!c->line || !tokens || c->far < k || prepare(s, c, k, k, c->vocab, w)) return BAD_SIZE;
     if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
-    layers(s, c, w, k, 0, 0);
+    encoder_layers(s, c, w, k);
     norm(w->x, s->norm, k, s->d, s->eps, w->x);
     return DONE;
 }
 
 /* the keys and values of the source for every layer of a decoder, from the encoder outputs x */
 static int cross(const Stack *s, const Text *c, const float *x) {
-    Work w;
-    long in = (long)s->heads*s->dk;
+    Work shared, *w = &shared;
+    long in = (long)s->heads*s->dk, k = c->n, t = c->threads;
     if (!x || !c->cross || c->source < c->n || c->source % GROUP) return BAD_SIZE;
-    if (prepare(s, c, c->n, c->n, c->vocab, &w)) return BAD_SIZE;
-    for (int l = 0; l < s->layers; l++) {
-        product(&s->layer[l].cross_kv, x, c->n, w.q, 0, &w.rows, c->threads);
-        store(s, w.q, 2*in, c->n, c->cross + l*layer_bytes(s, c->source), c->source, 0);
-    }
+    if (prepare(s, c, k, k, c->vocab, w)) return BAD_SIZE;
+    PIECES(
+        for (int l = 0; l < s->layers; l++) {
+            float *q = m.q + 2*r*in;
+            product(&s->layer[l].cross_kv, x + r*s->d, end - r, q, 0, &m.rows, u);
+            store(s, q, 2*in, end - r, c->cross + l*layer_bytes(s, c->source), c->source, r);
+        }
+    )
     return DONE;
 }
 
@@ -831,7 +947,7 @@ static int pass(const Stack *s, const Text *c, Work *w, const Part *parts, int n
     long k = 0, last = 0, d = s->d, v = head.out = c->vocab;
     for (p = parts; p < parts + n; k += p++->k)
         if (embed(s, p->k, p->tokens, w->x + k*d)) return BAD_TOKEN;
-    layers(s, c, w, k, parts, n);
+    decoder_layers(s, c, w, k, parts, n);
     for (p = parts, k = 0; p < parts + n; last += p++->last) {
         k += p->k;
         norm(w->x + (k - p->last)*d, s->norm, p->last, d, s->eps, w->h + last*d);
