@@ -26,8 +26,6 @@ enum { WIDTH = 8, MOST = 3 };
 enum { PANEL = 32, PARTS = PANEL/WIDTH, FEW = 5, ROWS = 192 };
 typedef float V __attribute__((vector_size(WIDTH*4), aligned(4))); /* unaligned loads */
 typedef int32_t VI __attribute__((vector_size(WIDTH*4), aligned(4)));
-typedef uint16_t Half __attribute__((vector_size(WIDTH*2), aligned(2)));
-typedef int8_t Byte __attribute__((vector_size(WIDTH), aligned(1)));
 enum { FP32, BF16, INT8 }; /* what keys and values are kept in */
 
 typedef struct {
@@ -107,9 +105,15 @@ INLINE float fast_exp(float x) {
     return p*two.f;
 }
 
-INLINE V larger(V a, V b) {
+INLINE V larger(V a, V b) { /* a > b ? a : b, also of NaN */
+#if defined(__AVX512BW__)
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     VI up = a > b;
     return (V)((up & (VI)a) | (~up & (VI)b));
+#endif
 }
 
 INLINE V exps(V x) { /* fast_exp of numbers that are at most 0 */
@@ -395,8 +399,9 @@ enum { BESIDE = 1 };
 #endif
 
 static long up(long n) { return (n + GROUP - 1)/GROUP*GROUP; }
+static long size(int kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 static long scales(int kind) { return kind == INT8 ? GROUP*sizeof(float) : 0; }
-static long group_bytes(int kind, int d) { return GROUP*(kind == FP32 ? 4L : kind == BF16 ? 2L : 1L)*d + scales(kind); }
+static long group_bytes(int kind, int d) { return GROUP*size(kind)*d + scales(kind); }
 static long plane(int kind, int d, long room) { return room/GROUP*group_bytes(kind, d); } /* of a head */
 static long layer_bytes(const Stack *s, long room) { return 2*s->heads*plane(s->kv, s->dk, room); }
 long kv_bytes(const Stack *s, long room) { return s->layers*layer_bytes(s, room); }
@@ -430,20 +435,16 @@ INLINE void keep(int kind, const float *x, int d, char *group, int t, const long
 /* k rows of keys and values, `step` apart, to `start` and after in a layer's memory for `room` */
 static void store(const Stack *s, const float *x, long step, long k, char *kv, long room, long start) {
     int d = s->dk;
-    long in = (long)s->heads*d, size = plane(s->kv, d, room), bytes = group_bytes(s->kv, d);
-    for (long at = start; at < start + k; at++, x += step)
-        for (int head = 0, t = at % GROUP; head < s->heads; head++) {
-            char *key = kv + head*size + at/GROUP*bytes;
-            keep(s->kv, x + head*d, d, key, t, t, GROUP);
-            keep(s->kv, x + in + head*d, d, key + s->heads*size, t, t*d, 1);
+    long in = (long)s->heads*d, each = plane(s->kv, d, room), bytes = group_bytes(s->kv, d);
+    for (long at = start, end; at < start + k; at = end) { /* group by group, whose head stays in the first cache */
+        end = at/GROUP*GROUP + GROUP < start + k ? at/GROUP*GROUP + GROUP : start + k;
+        for (int head = 0; head < s->heads; head++) for (long t = at; t < end; t++) {
+            char *key = kv + head*each + t/GROUP*bytes;
+            const float *from = x + (t - start)*step + (long)head*d;
+            keep(s->kv, from, d, key, t % GROUP, t % GROUP, GROUP);
+            keep(s->kv, from + in, d, key + s->heads*each, t % GROUP, t % GROUP*d, 1);
         }
-}
-
-/* WIDTH numbers from the i-th on */
-INLINE V read(const int kind, const char *at, long i) {
-    if (kind == FP32) return *(const V *)(at + i*4);
-    if (kind == INT8) return __builtin_convertvector(*(const Byte *)(at + i), V);
-    return (V)(__builtin_convertvector(*(const Half *)(at + i*2), VI) << 16);
+    }
 }
 
 INLINE float read_one(const int kind, const char *at, long i) {
@@ -451,6 +452,24 @@ INLINE float read_one(const int kind, const char *at, long i) {
     if (kind == INT8) return *(const int8_t *)(at + i);
     union { uint32_t i; float f; } u = { (uint32_t)*(const uint16_t *)(at + i*2) << 16 };
     return u.f;
+}
+
+/* WIDTH numbers from the i-th on. (GCC 12 converts its own vectors of bytes one by one.) */
+INLINE V read(const int kind, const char *at, long i) {
+    if (kind == FP32) return *(const V *)(at + i*4);
+#if defined(__AVX512BW__)
+    if (kind == INT8) return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(at + i))));
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(at + i*2))), 16);
+#elif defined(__AVX2__)
+    if (kind == INT8) return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(at + i))));
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(at + i*2))), 16);
+#else
+    float x[WIDTH];
+    V v;
+    for (int j = 0; j < WIDTH; j++) x[j] = read_one(kind, at, i + j);
+    memcpy(&v, x, sizeof v);
+    return v;
+#endif
 }
 
 /* the scores of T groups of keys, of R rows q */
@@ -461,6 +480,7 @@ INLINE void score_(const int kind, const int R, const int T, const float *q, lon
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) acc[r][p] = (V){0};
     for (int i = 0; i < d; i++) UNROLL for (int p = 0; p < T*SPAN; p++) {
         V k = read(kind, key + p/SPAN*bytes + scales(kind), i*GROUP + p % SPAN*WIDTH);
+        if (p % SPAN == 0) __builtin_prefetch(key + (T + p/SPAN)*bytes + i*GROUP*size(kind));
         UNROLL for (int r = 0; r < R; r++) acc[r][p] += q[r*row + i]*k;
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) {
@@ -478,7 +498,7 @@ INLINE void score(const int kind, const int R, const float *q, long row, const c
 }
 
 /* n scores to weights, of values with scales these times the scales; returns the sum without them */
-static float weigh(float *s, long n, const float *bias, const float *mask, const char *value, long bytes) {
+static float weigh(float *restrict s, long n, const float *bias, const float *mask, const char *value, long bytes) {
     long most = up(n);
     V total = {0};
     if (bias) for (long t = 0; t < n; t++) s[t] += bias[t];
@@ -486,7 +506,8 @@ static float weigh(float *s, long n, const float *bias, const float *mask, const
     for (long t = n; t < most; t++) s[t] = -INFINITY;
     float top = largest(s, most, 1);
     for (long t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - top);
-    if (value) for (long t = 0; t < n; t++) s[t] *= ((const float *)(value + t/GROUP*bytes))[t % GROUP];
+    if (value) for (long t = 0; t < most; t += GROUP, value += bytes)
+        UNROLL for (int p = 0; p < SPAN; p++) ((V *)(s + t))[p] *= ((const V *)value)[p];
     return add(total);
 }
 
@@ -498,6 +519,7 @@ INLINE void mix(const int kind, const int wide, const int R, const float *s, lon
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < wide/WIDTH; p++) o[r][p] = (V){0};
     for (long t = 0; t < n + more*(R - 1); t++) {
         const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
+        UNROLL for (int i = 0; i < wide*size(kind); i += 64) __builtin_prefetch(from + t % GROUP*d*size(kind) + 4096 + i);
         UNROLL for (int p = 0; p < wide/WIDTH; p++) {
             V v = read(kind, from, t % GROUP*d + p*WIDTH);
             UNROLL for (int r = 0; r < R; r++) if (t < n || t < n + r*more) o[r][p] += s[r*slot + t]*v;
@@ -526,7 +548,7 @@ INLINE int attend_(const int kind, int rows, const float *q, long row, const cha
     else score(kind, 1, q, row, key, n, d, s, slot);
     for (int r = 0; r < (many ? BESIDE : 1); r++)
         sum[r] = weigh(s + r*slot, n + r*more, bias ? bias - r : 0, mask, kind == INT8 ? value : 0, group_bytes(kind, d));
-#define MIX(WIDE, R) mix(kind, WIDE, R, s, slot, value + i*(kind == FP32 ? 4 : kind == BF16 ? 2 : 1), n, more, d, sum, out + i, in)
+#define MIX(WIDE, R) mix(kind, WIDE, R, s, slot, value + i*size(kind), n, more, d, sum, out + i, in)
     if (d % 64 == 0) for (int i = 0; i < d; i += 64) if (many) MIX(64, BESIDE); else MIX(64, 1);
     else if (d % 32 == 0) for (int i = 0; i < d; i += 32) if (many) MIX(32, BESIDE); else MIX(32, 1);
     else mix_any(kind, s, value, n, d, sum[0], s + up(n), out);
@@ -560,13 +582,22 @@ INLINE void put_panel(const int two, float *panel, long i, int j, float x) {
    feature by feature, and the values in panels of 32 features, token by token; with zeros where none are.
    (Here the rows from `t` to `end`, and with the last of them the zeros behind it.) */
 INLINE void store_panels_(const int two, const float *x, long row, long n, int heads, int d, float *kv, long t, long end) {
-    long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d), wide = whole(d);
-    for (end = end < n ? end : room; t < end; t++) for (int head = 0; head < heads; head++) {
-        float *key = kv + head*size + t/PANEL*PANEL*d, *value = kv + head*size + room*d;
-        const float *from = x + t*row + (long)head*d;
-        for (int i = 0; i < d + d % 2*two; i++) put_panel(two, key, i, t % PANEL, t < n && i < d ? from[i] : 0);
-        for (int i = 0; i < wide; i++)
-            put_panel(two, value + i/PANEL*room*PANEL, t, i % PANEL, t < n && i < d ? from[in + i] : 0);
+    long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d);
+    end = end < n ? end : room;
+    for (long stop; t < end; t = stop) { /* panel by panel, whose head stays in the first cache */
+        stop = t/PANEL*PANEL + PANEL < end ? t/PANEL*PANEL + PANEL : end;
+        for (int head = 0; head < heads; head++) for (long j = t; j < stop; j++) {
+            float *key = kv + head*size + j/PANEL*PANEL*d, *value = kv + head*size + room*d;
+            const float *from = x + j*row + (long)head*d;
+            int have = j < n ? d : 0, i = 0;
+            for (; i < have; i++) put_panel(two, key, i, j % PANEL, from[i]);
+            for (; i < d + d % 2*two; i++) put_panel(two, key, i, j % PANEL, 0);
+            for (int p = 0; p < d; p += PANEL, value += room*PANEL) {
+                int some = have - p < PANEL ? have - p : PANEL;
+                for (i = 0; i < some; i++) put_panel(two, value, j, i, from[in + p + i]);
+                for (i = some > 0 ? some : 0; i < PANEL; i++) put_panel(two, value, j, i, 0);
+            }
+        }
     }
 }
 
@@ -776,15 +807,15 @@ static int prepare(const Stack *s, const Text *c, long k, long keys, long words,
 static void look(const Stack *s, const Text *c, const Work *w, const float *q, long row, long k, const char *kv, long room,
                  long n, int more, float *h) {
     int d = s->dk, t = c->threads;
-    long in = (long)s->heads*d, size = plane(s->kv, d, room), slot = up(n + more*(k - 1));
+    long in = (long)s->heads*d, each = plane(s->kv, d, room), slot = up(n + more*(k - 1));
     _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k*n*in >= 1 << 18)")
     for (int head = 0; head < s->heads; head++) for (long first = 0; first < k; first += BESIDE) {
-        const char *key = kv + head*size;
+        const char *key = kv + head*each;
         float *scores = w->s + omp_get_thread_num()*w->slot;
         long end = k < first + BESIDE ? k : first + BESIDE;
         for (long r = first, i = (long)head*d; r < end;) {
             const float *bias = more ? c->line + head*(2*c->far - 1) + c->far - n - r : 0;
-            r += attend(s->kv, end - r, q + r*row + i, row, key, key + s->heads*size, n + r*more, more, d,
+            r += attend(s->kv, end - r, q + r*row + i, row, key, key + s->heads*each, n + r*more, more, d,
                         bias, more ? 0 : c->mask, scores, slot, h + r*in + i, in);
         }
     }
