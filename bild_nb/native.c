@@ -480,7 +480,6 @@ INLINE void score_(const int kind, const int R, const int T, const float *q, lon
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) acc[r][p] = (V){0};
     for (int i = 0; i < d; i++) UNROLL for (int p = 0; p < T*SPAN; p++) {
         V k = read(kind, key + p/SPAN*bytes + scales(kind), i*GROUP + p % SPAN*WIDTH);
-        if (p % SPAN == 0) __builtin_prefetch(key + (T + p/SPAN)*bytes + i*GROUP*size(kind));
         UNROLL for (int r = 0; r < R; r++) acc[r][p] += q[r*row + i]*k;
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) {
@@ -517,13 +516,16 @@ INLINE void mix(const int kind, const int wide, const int R, const float *s, lon
                 int d, const float *sum, float *out, long in) {
     V o[R][wide/WIDTH];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < wide/WIDTH; p++) o[r][p] = (V){0};
-    for (long t = 0; t < n + more*(R - 1); t++) {
+    for (long t = 0; t < n; t++) {
         const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
-        UNROLL for (int i = 0; i < wide*size(kind); i += 64) __builtin_prefetch(from + t % GROUP*d*size(kind) + 4096 + i);
         UNROLL for (int p = 0; p < wide/WIDTH; p++) {
             V v = read(kind, from, t % GROUP*d + p*WIDTH);
-            UNROLL for (int r = 0; r < R; r++) if (t < n || t < n + r*more) o[r][p] += s[r*slot + t]*v;
+            UNROLL for (int r = 0; r < R; r++) o[r][p] += s[r*slot + t]*v;
         }
+    }
+    UNROLL for (int r = 1; r < R; r++) for (long t = n; t < n + r*more; t++) { /* what this row sees besides */
+        const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
+        UNROLL for (int p = 0; p < wide/WIDTH; p++) o[r][p] += s[r*slot + t]*read(kind, from, t % GROUP*d + p*WIDTH);
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < wide/WIDTH; p++) ((V *)(out + r*in))[p] = o[r][p]/sum[r];
 }
@@ -578,24 +580,22 @@ INLINE void put_panel(const int two, float *panel, long i, int j, float x) {
     else panel[i*PANEL + j] = x;
 }
 
-/* keys and values of n rows x, `row` apart, that are `in` apart: of each head the keys in panels of 32 tokens,
-   feature by feature, and the values in panels of 32 features, token by token; with zeros where none are.
-   (Here the rows from `t` to `end`, and with the last of them the zeros behind it.) */
+/* keys and values of the rows t to `end` of n rows x, which are `row` apart: of each head the keys in panels of 32
+   tokens, feature by feature, and the values in panels of 32 features, token by token. What lies behind them is not
+   used, but for what makes a pair whole: these are zeros. */
 INLINE void store_panels_(const int two, const float *x, long row, long n, int heads, int d, float *kv, long t, long end) {
     long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d);
-    end = end < n ? end : room;
     for (long stop; t < end; t = stop) { /* panel by panel, whose head stays in the first cache */
         stop = t/PANEL*PANEL + PANEL < end ? t/PANEL*PANEL + PANEL : end;
         for (int head = 0; head < heads; head++) for (long j = t; j < stop; j++) {
             float *key = kv + head*size + j/PANEL*PANEL*d, *value = kv + head*size + room*d;
             const float *from = x + j*row + (long)head*d;
-            int have = j < n ? d : 0, i = 0;
-            for (; i < have; i++) put_panel(two, key, i, j % PANEL, from[i]);
-            for (; i < d + d % 2*two; i++) put_panel(two, key, i, j % PANEL, 0);
+            for (int i = 0; i < d; i++) put_panel(two, key, i, j % PANEL, from[i]);
+            if (two && d % 2) put_panel(two, key, d, j % PANEL, 0);
             for (int p = 0; p < d; p += PANEL, value += room*PANEL) {
-                int some = have - p < PANEL ? have - p : PANEL;
-                for (i = 0; i < some; i++) put_panel(two, value, j, i, from[in + p + i]);
-                for (i = some > 0 ? some : 0; i < PANEL; i++) put_panel(two, value, j, i, 0);
+                int wide = d - p < PANEL ? d - p : PANEL;
+                for (int i = 0; i < wide; i++) put_panel(two, value, j, i, from[in + p + i]);
+                if (two && j == n - 1 && n % 2) for (int i = 0; i < wide; i++) put_panel(two, value, n, i, 0);
             }
         }
     }
@@ -865,50 +865,58 @@ static void decoder_layers(const Stack *s, const Text *c, const Work *w, int k, 
 }
 
 /* A source's rows in pieces. A thread takes one after the other and keeps what it makes of it in its caches; it waits
-   for the rest where a token must see the others. Pieces of few rows share the panels of each product instead. */
-enum { PIECE = 12 };
-static long pieces(long k, int threads) {
-    long n = (k + ROWS - 1)/ROWS;
-    return threads < 2 || k < threads*PIECE ? n : (n + threads - 1)/threads*threads;
+   for the rest where a token must see the others. Pieces of very few rows share the panels of a product instead. */
+enum { PIECE = 6 };
+
+typedef struct { /* a piece, with the working memory of its thread, and how many threads share its products */
+    Work w;
+    long r, end;
+    int threads;
+} Piece;
+
+static Piece piece(const Work *w, long k, long p, long n, int split, int threads) {
+    Piece m = { *w, p*k/n, (p + 1)*k/n, split ? 1 : threads };
+    long t = split ? omp_get_thread_num() : 0;
+    m.w.f += t*w->own.f;
+    m.w.n += t*w->own.n;
+    m.w.rows.bytes += t*w->own.bytes;
+    m.w.rows.sides += t*w->own.sides;
+    return m;
 }
 
-/* the working memory of this thread */
-static Work own(const Work *w) {
-    Work mine = *w;
-    long t = omp_get_thread_num();
-    mine.f += t*w->own.f;
-    mine.n += t*w->own.n;
-    mine.rows.bytes += t*w->own.bytes;
-    mine.rows.sides += t*w->own.sides;
-    return mine;
+/* DO(m) for each piece m of k rows. (A region within another one would make its threads anew, even if that has one.) */
+#define PIECES(DO) { \
+    long n = (k + ROWS - 1)/ROWS; \
+    int split = t > 1 && k >= (long)t*PIECE; \
+    if (split) { \
+        n = (n + t - 1)/t*t; \
+        _Pragma("omp parallel for num_threads(t) schedule(static)") \
+        for (long p = 0; p < n; p++) { const Piece m = piece(w, k, p, n, 1, t); DO; } \
+    } else for (long p = 0; p < n; p++) { const Piece m = piece(w, k, p, n, 0, t); DO; } \
 }
 
-/* what is to be done for each piece of k rows: those from r to end, with m, the thread's working memory, and products' threads u */
-#define PIECES(...) { \
-    long n = pieces(k, t); \
-    int split = t > 1 && n >= t, u = split ? 1 : t; \
-    _Pragma("omp parallel for num_threads(t) schedule(static) if(split)") \
-    for (long p = 0; p < n; p++) { \
-        Work m = split ? own(w) : *w; \
-        long r = p*k/n, end = (p + 1)*k/n; \
-        __VA_ARGS__ \
-    } \
+/* queries, keys and values of a piece of the k rows of an encoder's layer y */
+static void ask(const Stack *s, const Layer *y, const Piece *m, long k) {
+    long rows = m->end - m->r, in = (long)s->heads*s->dk;
+    norm(m->w.x + m->r*s->d, y->norm, rows, s->d, s->eps, m->w.n);
+    product(&y->qkv, m->w.n, rows, m->w.q + 3*m->r*in, 0, &m->w.rows, m->threads);
+    store_panels(in_pairs(s->kv), m->w.q + in, 3*in, k, s->heads, s->dk, m->w.kv, m->r, m->end);
+}
+
+/* what a piece makes of what it saw */
+static void answer(const Stack *s, const Layer *y, const Piece *m) {
+    long rows = m->end - m->r, in = (long)s->heads*s->dk;
+    product(&y->o, m->w.h + m->r*in, rows, m->w.x + m->r*s->d, 1, &m->w.rows, m->threads);
+    feed(s, y, &m->w, m->r, rows, m->w.n, m->threads);
 }
 
 /* all layers of an encoder, over the k rows of text c */
 static void encoder_layers(const Stack *s, const Text *c, const Work *w, long k) {
-    long d = s->d, in = (long)s->heads*s->dk, t = c->threads;
+    int t = c->threads;
     for (const Layer *y = s->layer; y < s->layer + s->layers; y++) {
-        PIECES(
-            norm(m.x + r*d, y->norm, end - r, d, s->eps, m.n);
-            product(&y->qkv, m.n, end - r, m.q + 3*r*in, 0, &m.rows, u);
-            store_panels(in_pairs(s->kv), m.q + in, 3*in, k, s->heads, s->dk, m.kv, r, end);
-        )
+        PIECES(ask(s, y, &m, k))
         attend_all(in_pairs(s->kv), w->q, k, s->heads, s->dk, c->line, c->far, c->mask, w->kv, w->s, w->slot, w->h, t);
-        PIECES(
-            product(&y->o, m.h + r*in, end - r, m.x + r*d, 1, &m.rows, u);
-            feed(s, y, &m, r, end - r, m.n, u);
-        )
+        PIECES(answer(s, y, &m))
     }
 }
 
@@ -938,19 +946,23 @@ static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t 
     return DONE;
 }
 
-/* the keys and values of the source for every layer of a decoder, from the encoder outputs x */
+/* a piece's keys and values for every layer of a decoder, from the encoder outputs x */
+static void remember(const Stack *s, const Text *c, const Piece *m, const float *x) {
+    long rows = m->end - m->r, in = (long)s->heads*s->dk;
+    float *kv = m->w.q + 2*m->r*in;
+    for (int l = 0; l < s->layers; l++) {
+        product(&s->layer[l].cross_kv, x + m->r*s->d, rows, kv, 0, &m->w.rows, m->threads);
+        store(s, kv, 2*in, rows, c->cross + l*layer_bytes(s, c->source), c->source, m->r);
+    }
+}
+
 static int cross(const Stack *s, const Text *c, const float *x) {
-    Work shared, *w = &shared;
-    long in = (long)s->heads*s->dk, k = c->n, t = c->threads;
+    Work whole, *w = &whole;
+    long k = c->n;
+    int t = c->threads;
     if (!x || !c->cross || c->source < c->n || c->source % GROUP) return BAD_SIZE;
     if (prepare(s, c, k, k, c->vocab, w)) return BAD_SIZE;
-    PIECES(
-        for (int l = 0; l < s->layers; l++) {
-            float *q = m.q + 2*r*in;
-            product(&s->layer[l].cross_kv, x + r*s->d, end - r, q, 0, &m.rows, u);
-            store(s, q, 2*in, end - r, c->cross + l*layer_bytes(s, c->source), c->source, r);
-        }
-    )
+    PIECES(remember(s, c, &m, x))
     return DONE;
 }
 
