@@ -26,6 +26,7 @@ enum { WIDTH = 8, MOST = 3 };
 enum { PANEL = 32, PARTS = PANEL/WIDTH, FEW = 5, ROWS = 192 };
 typedef float V __attribute__((vector_size(WIDTH*4), aligned(4))); /* unaligned loads */
 typedef int32_t VI __attribute__((vector_size(WIDTH*4), aligned(4)));
+enum { FP32, BF16, INT8 }; /* what keys and values are kept in */
 
 typedef struct {
     const void *w;       /* panels of 32 outputs */
@@ -40,7 +41,7 @@ typedef struct {
 } Layer;
 
 typedef struct { /* an encoder or a decoder */
-    int d, heads, dk, ff, gated, act, layers, causal;
+    int d, heads, dk, ff, gated, act, layers, causal, kv;
     float eps;
     long words; /* rows of the embedding */
     const float *embedding, *norm;
@@ -54,8 +55,8 @@ typedef struct { /* what belongs to one text */
     int nevers, n_ends;
     const float *line; long far;    /* position biases: a line for each head, from distance 1 - far */
     const float *mask;              /* added to the scores of the source; 0: none */
-    float *kv; long room;           /* keys and values of the text, for `room` tokens */
-    float *cross; long n, source;   /* of the source: `n` tokens, memory for `source` */
+    char *kv; long room;            /* keys and values of the text, for `room` tokens */
+    char *cross; long n, source;    /* of the source: `n` tokens, memory for `source` */
     float *work; long floats;       /* working memory */
     int threads;
 } Text;
@@ -104,9 +105,15 @@ INLINE float fast_exp(float x) {
     return p*two.f;
 }
 
-INLINE V larger(V a, V b) {
+INLINE V larger(V a, V b) { /* a > b ? a : b, also of NaN */
+#if defined(__AVX512BW__)
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     VI up = a > b;
     return (V)((up & (VI)a) | (~up & (VI)b));
+#endif
 }
 
 INLINE V exps(V x) { /* fast_exp of numbers that are at most 0 */
@@ -193,8 +200,23 @@ static __attribute__((noinline)) void put(const V *sums, int rows, float *y, lon
         }
 }
 
-/* y (R, cols) = or += x (R, in) times a panel; x has its rows `row` apart and its inputs `next` */
-INLINE void panel32(const int R, const float *w, const float *x, const long row, const long next, int in,
+/* Two products of bf16 in a word, added to a sum in fp32; and a vector in bf16 */
+#ifdef __AVX512BF16__
+enum { PAIRS = 1 };
+INLINE void halve(V x, uint16_t *to) { __m256bh h = _mm512_cvtneps_pbh((__m512)x); memcpy(to, &h, sizeof h); }
+INLINE V dot2(V acc, float x, V w) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"((V){0} + x), "v"(w));
+    return acc;
+}
+#else
+enum { PAIRS = 0 }; /* not here */
+INLINE void halve(V x, uint16_t *to) {}
+INLINE V dot2(V acc, float x, V w) { return acc; }
+#endif
+
+/* y (R, cols) = or += x (R, in) times a panel; x has its rows `row` apart and its inputs `next`; with `two`
+   an input is a pair in bf16 */
+INLINE void panel32(const int two, const int R, const float *w, const float *x, const long row, const long next, int in,
                     float *y, long out, int cols, int add) {
     V acc[MOST][PARTS];
     UNROLL for (int r = 0; r < R; r++)
@@ -204,7 +226,7 @@ INLINE void panel32(const int R, const float *w, const float *x, const long row,
         const V *v = (const V *)(w + (long)i*PANEL);
         AHEAD
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] += v[p]*x[r*row];
+            UNROLL for (int p = 0; p < PARTS; p++) acc[r][p] = two ? dot2(acc[r][p], x[r*row], v[p]) : acc[r][p] + v[p]*x[r*row];
     }
     V sums[MOST*PARTS];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < PARTS; p++) sums[r*PARTS + p] = acc[r][p];
@@ -345,7 +367,7 @@ static void product(const Matrix *m, const float *x, int k, float *y, int add, c
             float *to = y + (long)r*m->out + first;
 #define CASE(R, ROW, NEXT) case R: \
             if (m->scale) panel8(R, m, first, at, ROW, NEXT, step + r, zero + r, to, cols, add); \
-            else panel32(R, panel, (const float *)at, ROW, NEXT, n, to, m->out, cols, add); \
+            else panel32(0, R, panel, (const float *)at, ROW, NEXT, n, to, m->out, cols, add); \
             break;
             switch (AT(b + 1) - r) {
                 CASE(1, n, 1) CASE(2, n, 1) CASE(3, n, 1)
@@ -365,49 +387,180 @@ void multiply(const Matrix *m, const float *x, int k, float *y, Word *bytes, Wor
 
 /* ------------------------------------- attention ------------------------------------- */
 
-/* One row after the other: a decoder's, whose result must be the same however many come at once. */
+/* A decoder's. Each row is summed in the same order, however many come at once. Of a layer there are the keys of
+   each head and then its values, in groups of 16 tokens: keys feature by feature, values token by token. In int8 a
+   group begins with its tokens' scales. */
 
-enum { SMALL = 64 }; /* heads up to this width are summed on the stack */
+enum { GROUP = 16, SPAN = GROUP/WIDTH };
+#ifdef __AVX512BW__
+enum { BESIDE = 4 }; /* rows that read a key together */
+#else
+enum { BESIDE = 1 };
+#endif
 
-/* one head of one row: n keys and values out of rows that are `wide`; `s` has room for the scores,
-   and for the sum of a head that is wider than SMALL */
-INLINE void attend_(const float *q, const float *key, const float *value, long wide, long n,
-                    const int d, const float *bias, const float *mask, float *restrict s, float *out) {
-    long most = (n + WIDTH - 1)/WIDTH*WIDTH;
-    float here[SMALL], *o = d <= SMALL ? here : s + most, top, sum;
-    V total = {0};
-    for (long t = 0; t < most; t += WIDTH) {
-        V acc = {0};
-        for (int i = 0; i < d; i++) acc += q[i]*(*(const V *)(key + t*wide + i*WIDTH));
-        memcpy(s + t, &acc, sizeof acc);
+static long up(long n) { return (n + GROUP - 1)/GROUP*GROUP; }
+static long size(int kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+static long scales(int kind) { return kind == INT8 ? GROUP*sizeof(float) : 0; }
+static long group_bytes(int kind, int d) { return GROUP*size(kind)*d + scales(kind); }
+static long plane(int kind, int d, long room) { return room/GROUP*group_bytes(kind, d); } /* of a head */
+static long layer_bytes(const Stack *s, long room) { return 2*s->heads*plane(s->kv, s->dk, room); }
+long kv_bytes(const Stack *s, long room) { return s->layers*layer_bytes(s, room); }
+
+/* all that lies in a memory for `was` tokens, into one for `room` */
+void move_kv(const Stack *s, const char *from, long was, char *to, long room) {
+    long size = plane(s->kv, s->dk, was), next = plane(s->kv, s->dk, room);
+    for (long i = 0; i < 2L*s->layers*s->heads; i++) memcpy(to + i*next, from + i*size, size);
+}
+
+INLINE uint16_t to_bf16(float x) { /* to the nearest, of two as near to the even one */
+    union { float f; uint32_t i; } u = { x };
+    return x != x ? 0x7fc0 : (u.i + 0x7fff + (u.i >> 16 & 1)) >> 16;
+}
+
+/* d numbers of token t into its group, number i to the place `first` + i*`step` */
+INLINE void keep(int kind, const float *x, int d, char *group, int t, const long first, const long step) {
+    if (kind == FP32) for (int i = 0; i < d; i++) ((float *)group)[first + i*step] = x[i];
+    else if (kind == BF16) for (int i = 0; i < d; i++) ((uint16_t *)group)[first + i*step] = to_bf16(x[i]);
+    else {
+        float top = 1e-30f, bad = 0, high = largest(x, d, 1), low = largest(x, d, -1);
+        int8_t *to = (int8_t *)group + scales(INT8) + first;
+        for (int i = 0; i < d; i++) bad += x[i]*0; /* NaN if one of them is no number */
+        top = high > top ? high : top;
+        top = low > top ? low : top;
+        ((float *)group)[t] = top/127 + bad;
+        for (int i = 0; i < d; i++) to[i*step] = bad != bad ? 0 : (int)rintf(x[i]*(127/top));
     }
+}
+
+/* k rows of keys and values, `step` apart, to `start` and after in a layer's memory for `room` */
+static void store(const Stack *s, const float *x, long step, long k, char *kv, long room, long start) {
+    int d = s->dk;
+    long in = (long)s->heads*d, each = plane(s->kv, d, room), bytes = group_bytes(s->kv, d);
+    for (long at = start, end; at < start + k; at = end) { /* group by group, whose head stays in the first cache */
+        end = at/GROUP*GROUP + GROUP < start + k ? at/GROUP*GROUP + GROUP : start + k;
+        for (int head = 0; head < s->heads; head++) for (long t = at; t < end; t++) {
+            char *key = kv + head*each + t/GROUP*bytes;
+            const float *from = x + (t - start)*step + (long)head*d;
+            keep(s->kv, from, d, key, t % GROUP, t % GROUP, GROUP);
+            keep(s->kv, from + in, d, key + s->heads*each, t % GROUP, t % GROUP*d, 1);
+        }
+    }
+}
+
+INLINE float read_one(const int kind, const char *at, long i) {
+    if (kind == FP32) return *(const float *)(at + i*4);
+    if (kind == INT8) return *(const int8_t *)(at + i);
+    union { uint32_t i; float f; } u = { (uint32_t)*(const uint16_t *)(at + i*2) << 16 };
+    return u.f;
+}
+
+/* WIDTH numbers from the i-th on. (GCC 12 converts its own vectors of bytes one by one.) */
+INLINE V read(const int kind, const char *at, long i) {
+    if (kind == FP32) return *(const V *)(at + i*4);
+#if defined(__AVX512BW__)
+    if (kind == INT8) return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(at + i))));
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(at + i*2))), 16);
+#elif defined(__AVX2__)
+    if (kind == INT8) return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(at + i))));
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(at + i*2))), 16);
+#else
+    float x[WIDTH];
+    V v;
+    for (int j = 0; j < WIDTH; j++) x[j] = read_one(kind, at, i + j);
+    memcpy(&v, x, sizeof v);
+    return v;
+#endif
+}
+
+/* the scores of T groups of keys, of R rows q */
+INLINE void score_(const int kind, const int R, const int T, const float *q, long row, const char *key, int d,
+                   float *s, long slot) {
+    long bytes = group_bytes(kind, d);
+    V acc[R][T*SPAN];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) acc[r][p] = (V){0};
+    for (int i = 0; i < d; i++) UNROLL for (int p = 0; p < T*SPAN; p++) {
+        V k = read(kind, key + p/SPAN*bytes + scales(kind), i*GROUP + p % SPAN*WIDTH);
+        UNROLL for (int r = 0; r < R; r++) acc[r][p] += q[r*row + i]*k;
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < T*SPAN; p++) {
+        if (kind == INT8) acc[r][p] *= ((const V *)(key + p/SPAN*bytes))[p % SPAN];
+        ((V *)(s + r*slot))[p] = acc[r][p];
+    }
+}
+
+/* of n keys, some groups at once, so that a sum need not wait for itself */
+INLINE void score(const int kind, const int R, const float *q, long row, const char *key, long n, int d, float *s, long slot) {
+    const int T = 32/WIDTH*(R == 1 ? 2 : 1);
+    long t = 0, bytes = group_bytes(kind, d);
+    for (; t + T*GROUP <= n; t += T*GROUP, key += T*bytes) score_(kind, R, T, q, row, key, d, s + t, slot);
+    for (; t < n; t += GROUP, key += bytes) score_(kind, R, 1, q, row, key, d, s + t, slot);
+}
+
+/* n scores to weights, of values with scales these times the scales; returns the sum without them */
+static float weigh(float *restrict s, long n, const float *bias, const float *mask, const char *value, long bytes) {
+    long most = up(n);
+    V total = {0};
     if (bias) for (long t = 0; t < n; t++) s[t] += bias[t];
     if (mask) for (long t = 0; t < n; t++) s[t] += mask[t];
     for (long t = n; t < most; t++) s[t] = -INFINITY;
-    top = largest(s, most, 1);
+    float top = largest(s, most, 1);
     for (long t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - top);
-    sum = add(total);
+    if (value) for (long t = 0; t < most; t += GROUP, value += bytes)
+        UNROLL for (int p = 0; p < SPAN; p++) ((V *)(s + t))[p] *= ((const V *)value)[p];
+    return add(total);
+}
+
+/* the values of n tokens in their weights, over the sum of these: `wide` numbers of R rows, of which each sees
+   `more` tokens more than the one before it (0 or 1) */
+INLINE void mix(const int kind, const int wide, const int R, const float *s, long slot, const char *value, long n, int more,
+                int d, const float *sum, float *out, long in) {
+    V o[R][wide/WIDTH];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < wide/WIDTH; p++) o[r][p] = (V){0};
+    for (long t = 0; t < n; t++) {
+        const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
+        UNROLL for (int p = 0; p < wide/WIDTH; p++) {
+            V v = read(kind, from, t % GROUP*d + p*WIDTH);
+            UNROLL for (int r = 0; r < R; r++) o[r][p] += s[r*slot + t]*v;
+        }
+    }
+    UNROLL for (int r = 1; r < R; r++) for (long t = n; t < n + r*more; t++) { /* what this row sees besides */
+        const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
+        UNROLL for (int p = 0; p < wide/WIDTH; p++) o[r][p] += s[r*slot + t]*read(kind, from, t % GROUP*d + p*WIDTH);
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < wide/WIDTH; p++) ((V *)(out + r*in))[p] = o[r][p]/sum[r];
+}
+
+/* as `mix`, for heads of any width: one row, with room for the sum behind its scores */
+INLINE void mix_any(const int kind, const float *s, const char *value, long n, int d, float sum, float *o, float *out) {
     for (int i = 0; i < d; i++) o[i] = 0;
-    for (long t = 0; t < n; t++)
-        for (int i = 0; i < d; i++) o[i] += s[t]*value[t*wide + i];
+    for (long t = 0; t < n; t++) {
+        const char *from = value + t/GROUP*group_bytes(kind, d) + scales(kind);
+        for (int i = 0; i < d; i++) o[i] += s[t]*read_one(kind, from, t % GROUP*d + i);
+    }
     for (int i = 0; i < d; i++) out[i] = o[i]/sum;
 }
 
-static void attend(const float *q, const float *key, const float *value, long wide, long n,
-                   int d, const float *bias, const float *mask, float *s, float *out) {
-    /* the usual sizes, unrolled */
-    if (d == 64) attend_(q, key, value, wide, n, 64, bias, mask, s, out);
-    else if (d == 32) attend_(q, key, value, wide, n, 32, bias, mask, s, out);
-    else attend_(q, key, value, wide, n, d, bias, mask, s, out);
+/* One head of at most `rows` rows q, `row` apart; returns how many were done. The first sees n keys, each other one
+   `more` than the one before it; `s` has room for the scores of all, `slot` apart, and for a sum of d. */
+INLINE int attend_(const int kind, int rows, const float *q, long row, const char *key, const char *value, long n, int more,
+                   int d, const float *bias, const float *mask, float *s, long slot, float *out, long in) {
+    int many = rows >= BESIDE && BESIDE > 1 && d % 32 == 0;
+    float sum[BESIDE];
+    if (many) score(kind, BESIDE, q, row, key, n + more*(BESIDE - 1), d, s, slot);
+    else score(kind, 1, q, row, key, n, d, s, slot);
+    for (int r = 0; r < (many ? BESIDE : 1); r++)
+        sum[r] = weigh(s + r*slot, n + r*more, bias ? bias - r : 0, mask, kind == INT8 ? value : 0, group_bytes(kind, d));
+#define MIX(WIDE, R) mix(kind, WIDE, R, s, slot, value + i*size(kind), n, more, d, sum, out + i, in)
+    if (d % 64 == 0) for (int i = 0; i < d; i += 64) if (many) MIX(64, BESIDE); else MIX(64, 1);
+    else if (d % 32 == 0) for (int i = 0; i < d; i += 32) if (many) MIX(32, BESIDE); else MIX(32, 1);
+    else mix_any(kind, s, value, n, d, sum[0], s + up(n), out);
+    return many ? BESIDE : 1;
 }
 
-/* k rows of keys and values, `step` apart, to `start` and after in a memory for `room` */
-static void store(const float *x, long step, int k, int in, float *kv, long room, long start) {
-    for (long at = start; at < start + k; at++, x += step) {
-        float *key = kv + at/WIDTH*WIDTH*in + at % WIDTH;
-        for (int i = 0; i < in; i++) key[i*WIDTH] = x[i];
-        memcpy(kv + (room + at)*in, x + in, in*sizeof(float));
-    }
+static int attend(int kind, int rows, const float *q, long row, const char *key, const char *value, long n, int more,
+                  int d, const float *bias, const float *mask, float *s, long slot, float *out, long in) {
+#define SEE(K) attend_(K, rows, q, row, key, value, n, more, d, bias, mask, s, slot, out, in)
+    return kind == FP32 ? SEE(FP32) : kind == BF16 ? SEE(BF16) : SEE(INT8);
 }
 
 /* --------------------------------------- blocks --------------------------------------- */
@@ -416,30 +569,46 @@ static void store(const float *x, long step, int k, int in, float *kv, long room
 
 enum { QUERIES = 48, KEYS = 192 }; /* whose scores are made at a time */
 
+static int in_pairs(int kind) { return PAIRS && kind != FP32; }
 static long whole(long n) { return (n + PANEL - 1)/PANEL*PANEL; }
 static long kv_floats(long n, int heads, int d) { return heads*whole(n)*(d + whole(d)); }
-static long block_floats(int d) { return QUERIES*(d + KEYS + whole(d)); } /* that a thread works in */
+static long block_floats(int d) { return QUERIES*(d + 1 + KEYS + whole(d)); } /* that a thread works in */
 
-/* keys and values of n rows x, `row` apart, that are `in` apart: of each head the keys in panels of 32 tokens,
-   feature by feature, and the values in panels of 32 features, token by token; with zeros where none are */
-static void store_panels(const float *x, long row, long n, int heads, int d, float *kv) {
+/* number i of a panel, of the j-th output; with `two` two inputs are side by side, in bf16 */
+INLINE void put_panel(const int two, float *panel, long i, int j, float x) {
+    if (two) ((uint16_t *)panel)[(i/2*PANEL + j)*2 + i % 2] = to_bf16(x);
+    else panel[i*PANEL + j] = x;
+}
+
+/* keys and values of the rows t to `end` of n rows x, which are `row` apart: of each head the keys in panels of 32
+   tokens, feature by feature, and the values in panels of 32 features, token by token. What lies behind them is not
+   used, but for what makes a pair whole: these are zeros. */
+INLINE void store_panels_(const int two, const float *x, long row, long n, int heads, int d, float *kv, long t, long end) {
     long room = whole(n), in = (long)heads*d, size = kv_floats(n, 1, d);
-    for (long t = 0; t < room; t += PANEL) for (int head = 0; head < heads; head++)
-        for (int j = 0; j < PANEL; j++) {
-            float *key = kv + head*size + t*d + j, *value = kv + head*size + room*d + (t + j)*PANEL;
-            const float *from = x + (t + j)*row + (long)head*d;
-            for (int i = 0; i < d; i++) key[i*PANEL] = t + j < n ? from[i] : 0;
+    for (long stop; t < end; t = stop) { /* panel by panel, whose head stays in the first cache */
+        stop = t/PANEL*PANEL + PANEL < end ? t/PANEL*PANEL + PANEL : end;
+        for (int head = 0; head < heads; head++) for (long j = t; j < stop; j++) {
+            float *key = kv + head*size + j/PANEL*PANEL*d, *value = kv + head*size + room*d;
+            const float *from = x + j*row + (long)head*d;
+            for (int i = 0; i < d; i++) put_panel(two, key, i, j % PANEL, from[i]);
+            if (two && d % 2) put_panel(two, key, d, j % PANEL, 0);
             for (int p = 0; p < d; p += PANEL, value += room*PANEL) {
-                int have = t + j >= n ? 0 : d - p < PANEL ? d - p : PANEL;
-                memcpy(value, from + in + p, have*sizeof(float));
-                memset(value + have, 0, (PANEL - have)*sizeof(float));
+                int wide = d - p < PANEL ? d - p : PANEL;
+                for (int i = 0; i < wide; i++) put_panel(two, value, j, i, from[in + p + i]);
+                if (two && j == n - 1 && n % 2) for (int i = 0; i < wide; i++) put_panel(two, value, n, i, 0);
             }
         }
+    }
+}
+
+static void store_panels(int two, const float *x, long row, long n, int heads, int d, float *kv, long t, long end) {
+    if (two) store_panels_(1, x, row, n, heads, d, kv, t, end);
+    else store_panels_(0, x, row, n, heads, d, kv, t, end);
 }
 
 /* scores s of n keys to exp(s - top), where `top` is the largest that was met; what was summed up
-   before, `sum` and o (d), is brought down to the new top */
-INLINE void soften(float *s, int n, const float *bias, const float *mask, float *top, float *sum,
+   before, `sum` and o (d), is brought down to the new top. With `two` the results are in bf16. */
+INLINE void soften(const int two, float *s, int n, const float *bias, const float *mask, float *top, float *sum,
                    float *o, int d) {
     int t = 0, most = (n + WIDTH - 1)/WIDTH*WIDTH;
     V total = {0}, m = total + *top;
@@ -456,7 +625,12 @@ INLINE void soften(float *s, int n, const float *bias, const float *mask, float 
         now = s[t] > now ? s[t] : now;
     }
     for (; t < most; t++) s[t] = -INFINITY;
-    for (t = 0; t < most; t += WIDTH) total += *(V *)(s + t) = exps(*(V *)(s + t) - now);
+    for (t = 0; t < most; t += WIDTH) {
+        V e = exps(*(V *)(s + t) - now);
+        total += e;
+        if (two) halve(e, (uint16_t *)s + t);
+        else *(V *)(s + t) = e;
+    }
     if (now != *top) {
         float down = fast_exp(*top - now);
         *sum *= down;
@@ -467,43 +641,62 @@ INLINE void soften(float *s, int n, const float *bias, const float *mask, float 
 }
 
 /* one head of at most QUERIES rows q, `row` apart, over all n keys; `bias` is the first row's, and
-   `work` has room for block_floats */
-static void attend_block(const float *q, long row, int rows, const float *key, const float *value, long n,
-                         int d, const float *bias, const float *mask, float *work, float *out, long in) {
+   `work` has room for block_floats. With `two` all products are of bf16. */
+INLINE void attend_block_(const int two, const float *q, long row, int rows, const float *key, const float *value, long n,
+                          int d, const float *bias, const float *mask, float *work, float *out, long in) {
     long room = whole(n), wide = whole(d);
-    float *packed = work, *s = packed + QUERIES*d, *o = s + QUERIES*KEYS, top[QUERIES], sum[QUERIES];
-    for (int r = 0; r < QUERIES; r++) { /* in groups of MOST; rows that are none are zeros */
-        float *to = packed + r/MOST*MOST*d + r % MOST;
-        for (int i = 0; i < d; i++) to[i*MOST] = r < rows ? q[r*row + i] : 0;
+    int most = (rows + MOST - 1)/MOST*MOST, inputs = two ? (d + 1)/2 : d;
+    float *packed = work, *s = packed + QUERIES*(d + 1), *o = s + QUERIES*KEYS, top[QUERIES], sum[QUERIES];
+    for (int r = 0; r < most; r++) { /* in groups of MOST; rows that are none are zeros */
+        float *to = packed + r/MOST*MOST*inputs + r % MOST;
+        for (int i = 0; i < d + d % 2*two; i++) {
+            float x = r < rows && i < d ? q[r*row + i] : 0;
+            if (two) ((uint16_t *)(to + i/2*MOST))[i % 2] = to_bf16(x);
+            else to[i*MOST] = x;
+        }
         top[r] = -FLT_MAX;
         sum[r] = 0;
     }
-    memset(o, 0, QUERIES*wide*sizeof(float));
+    memset(o, 0, most*wide*sizeof(float));
     for (long t = 0; t < n; t += KEYS) {
         int keys = n - t < KEYS ? n - t : KEYS;
         for (int c = 0; c < keys; c += PANEL) for (int r = 0; r < rows; r += MOST)
-            panel32(MOST, key + (t + c)*d, packed + r*d, 1, MOST, d, s + r*KEYS + c, KEYS, PANEL, 0);
+            panel32(two, MOST, key + (t + c)*d, packed + r*inputs, 1, MOST, inputs, s + r*KEYS + c, KEYS, PANEL, 0);
         for (int r = 0; r < rows; r++)
-            soften(s + r*KEYS, keys, bias - r + t, mask ? mask + t : 0, top + r, sum + r, o + r*wide, wide);
+            soften(two, s + r*KEYS, keys, bias - r + t, mask ? mask + t : 0, top + r, sum + r, o + r*wide, wide);
         for (int c = 0; c < wide; c += PANEL) for (int r = 0; r < rows; r += MOST)
-            panel32(MOST, value + c*room + t*PANEL, s + r*KEYS, KEYS, 1, keys, o + r*wide + c, wide, PANEL, 1);
+            panel32(two, MOST, value + c*room + t*PANEL/(1 + two), s + r*KEYS, KEYS, 1, (keys + two)/(1 + two),
+                    o + r*wide + c, wide, PANEL, 1);
     }
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < d; i++) out[r*in + i] = o[r*wide + i]/sum[r];
 }
 
-/* n tokens that all see each other: from queries, keys and values q (n, 3 in) to out (n, in), with the
-   bias of each head in a line; `slot` of `work` belong to one thread. (Not static, for tests.) */
-void attention(const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
-               float *kv, float *work, long slot, float *out, int threads) {
+static void attend_block(int two, const float *q, long row, int rows, const float *key, const float *value, long n,
+                         int d, const float *bias, const float *mask, float *work, float *out, long in) {
+    if (two) attend_block_(1, q, row, rows, key, value, n, d, bias, mask, work, out, in);
+    else attend_block_(0, q, row, rows, key, value, n, d, bias, mask, work, out, in);
+}
+
+/* n tokens that all see each other: from queries q (n, 3 in) and keys and values kv to out (n, in), with
+   the bias of each head in a line; `slot` of `work` belong to one thread */
+static void attend_all(int two, const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
+                       const float *kv, float *work, long slot, float *out, int threads) {
     long in = (long)heads*d;
-    store_panels(q + in, 3*in, n, heads, d, kv);
     _Pragma("omp parallel for collapse(2) num_threads(threads) if(threads > 1 && n > 8)")
     for (int head = 0; head < heads; head++) for (long r = 0; r < n; r += QUERIES) {
         const float *key = kv + head*kv_floats(n, 1, d), *bias = line + head*(2*far - 1) + far - 1 - r;
-        attend_block(q + 3*r*in + head*d, 3*in, n - r < QUERIES ? n - r : QUERIES, key, key + whole(n)*d, n, d,
+        attend_block(two, q + 3*r*in + head*d, 3*in, n - r < QUERIES ? n - r : QUERIES, key, key + whole(n)*d, n, d,
                      bias, mask, work + omp_get_thread_num()*slot, out + r*in + head*d, in);
     }
+}
+
+/* for tests */
+void attention(int kind, const float *q, long n, int heads, int d, const float *line, long far, const float *mask,
+               float *kv, float *work, long slot, float *out, int threads) {
+    long in = (long)heads*d;
+    store_panels(in_pairs(kind), q + in, 3*in, n, heads, d, kv, 0, n);
+    attend_all(in_pairs(kind), q, n, heads, d, line, far, mask, kv, work, slot, out, threads);
 }
 
 /* ---------------------------------------- feed ---------------------------------------- */
@@ -535,12 +728,15 @@ static void activate(const Stack *s, int k, float *h) {
 
 /* --------------------------------------- memory --------------------------------------- */
 
+typedef struct { long f, n, bytes, sides; } Own; /* how much of each of these belongs to a thread */
+
 typedef struct {
     float *x, *h, *q, *f; /* rows: the sum that goes through the layers, and what they make of it */
-    float *kv;            /* keys and values of an encoder's layer */
+    float *kv, *n;        /* of an encoder: keys and values of a layer; normed rows */
     float *z;             /* logits of one row */
-    float *s; long slot;  /* scores, for each thread */
+    float *s; long slot;  /* scores: of a thread `slot` */
     Rows rows;
+    Own own;
 } Work;
 
 #ifdef __SANITIZE_ADDRESS__ /* pieces lie apart, and what lies between them is forbidden */
@@ -559,8 +755,8 @@ static long carve(const Stack *s, long k, long keys, long words, int threads,
                   float *memory, Work *w) {
     long used = 0, in = (long)s->heads*s->dk, wide = max_of(max_of(s->d, in), s->ff);
     long rows = k < ROWS ? k : ROWS; /* that a product, and the feed-forward part, take at a time */
-    long slot = (keys + 15)/16*16 + (s->dk > SMALL ? (s->dk + 15)/16*16 : 0);
-    if (!s->causal) slot = (block_floats(s->dk) + 15)/16*16;
+    long slot = s->causal ? BESIDE*up(keys) + up(s->dk) : up(block_floats(s->dk));
+    Own own = { up(rows*s->ff*(1 + s->gated)), s->causal ? 0 : up(rows*s->d), up(rows*((wide + 3)/4)), up(rows*wide) };
 #define TAKE(name, n) do { \
         long have = used, take = ((n) + 15)/16*16; \
         used += take + GAP; \
@@ -571,13 +767,17 @@ static long carve(const Stack *s, long k, long keys, long words, int threads,
     TAKE(x, k*s->d);
     TAKE(h, k*max_of(s->d, in));
     TAKE(q, 3*k*in);
-    TAKE(f, rows*s->ff*(1 + s->gated));
+    TAKE(f, own.f*threads);
+    TAKE(n, own.n*threads);
     TAKE(kv, s->causal ? 0 : kv_floats(k, s->heads, s->dk));
     TAKE(z, words);
     TAKE(s, slot*threads);
-    TAKE(rows.bytes, rows*((wide + 3)/4));
-    TAKE(rows.sides, rows*wide);
-    if (memory) w->slot = slot;
+    TAKE(rows.bytes, own.bytes*threads);
+    TAKE(rows.sides, own.sides*threads);
+    if (memory) {
+        w->slot = slot;
+        w->own = own;
+    }
     return used;
 }
 
@@ -602,58 +802,121 @@ static int prepare(const Stack *s, const Text *c, long k, long keys, long words,
 
 /* --------------------------------------- layers --------------------------------------- */
 
+/* k rows q, `row` apart, look at the first n keys in a layer's memory for `room`, each row at `more` than the one
+   before it; what they see goes to h (k, in) */
+static void look(const Stack *s, const Text *c, const Work *w, const float *q, long row, long k, const char *kv, long room,
+                 long n, int more, float *h) {
+    int d = s->dk, t = c->threads;
+    long in = (long)s->heads*d, each = plane(s->kv, d, room), slot = up(n + more*(k - 1));
+    _Pragma("omp parallel for collapse(2) num_threads(t) if(t > 1 && k*n*in >= 1 << 18)")
+    for (int head = 0; head < s->heads; head++) for (long first = 0; first < k; first += BESIDE) {
+        const char *key = kv + head*each;
+        float *scores = w->s + omp_get_thread_num()*w->slot;
+        long end = k < first + BESIDE ? k : first + BESIDE;
+        for (long r = first, i = (long)head*d; r < end;) {
+            const float *bias = more ? c->line + head*(2*c->far - 1) + c->far - n - r : 0;
+            r += attend(s->kv, end - r, q + r*row + i, row, key, key + s->heads*each, n + r*more, more, d,
+                        bias, more ? 0 : c->mask, scores, slot, h + r*in + i, in);
+        }
+    }
+}
+
 /* layer l of a part: keys and values of its rows q (k, 3 in) go into its text, what they see there to h (k, in) */
-static void see_text(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h, int threads) {
+static void see_text(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h) {
     const Text *c = part->text;
     long in = (long)s->heads*s->dk;
-    float *kv = c->kv + l*2*c->room*in;
-    store(q + in, 3*in, part->k, in, kv, c->room, part->at);
-    _Pragma("omp parallel for collapse(2) num_threads(threads) if(threads > 1 && part->k > 8)")
-    for (int r = 0; r < part->k; r++) for (int head = 0; head < s->heads; head++) {
-        long at = part->at + r, i = (long)head*s->dk;
-        const float *bias = c->line + head*(2*c->far - 1) + c->far - 1 - at;
-        float *scores = w->s + omp_get_thread_num()*w->slot;
-        attend(q + 3L*r*in + i, kv + i*WIDTH, kv + c->room*in + i, in, at + 1, s->dk,
-               bias, 0, scores, h + (long)r*in + i);
-    }
+    char *kv = c->kv + l*layer_bytes(s, c->room);
+    store(s, q + in, 3*in, part->k, kv, c->room, part->at);
+    look(s, c, w, q, 3*in, part->k, kv, c->room, part->at + 1, 1, h);
 }
 
 /* what they see of the source: from q (k, in) to h (k, in) */
 static void see_source(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h) {
     const Text *c = part->text;
-    long in = (long)s->heads*s->dk;
-    const float *source = c->cross + l*2*c->source*in;
-    for (long r = 0; r < part->k; r++) for (int i = 0; i < in; i += s->dk)
-        attend(q + r*in + i, source + i*WIDTH, source + c->source*in + i, in, c->n, s->dk,
-               0, c->mask, w->s, h + r*in + i);
+    look(s, c, w, q, (long)s->heads*s->dk, part->k, c->cross + l*layer_bytes(s, c->source), c->source, c->n, 0, h);
 }
 
-/* all layers, over k rows: of an encoder (n = 0) those of text c, of a decoder those of n parts */
-static void layers(const Stack *s, const Text *c, Work *w, int k, const Part *parts, int n) {
+/* rows r to r + k go through the feed-forward part of layer y */
+static void feed(const Stack *s, const Layer *y, const Work *w, long r, int k, float *h, int threads) {
+    norm(w->x + r*s->d, y->feed_norm, k, s->d, s->eps, h);
+    product(&y->wi, h, k, w->f, 0, &w->rows, threads);
+    activate(s, k, w->f);
+    product(&y->wo, w->f, k, w->x + r*s->d, 1, &w->rows, threads);
+}
+
+/* all layers of a decoder, over the k rows of n parts */
+static void decoder_layers(const Stack *s, const Text *c, const Work *w, int k, const Part *parts, int n) {
     int d = s->d, in = s->heads*s->dk, t = c->threads;
-    float *x = w->x, *h = w->h, *q = w->q, *f = w->f;
+    float *x = w->x, *h = w->h, *q = w->q;
     for (int l = 0; l < s->layers; l++) {
         const Layer *y = s->layer + l;
         long r = 0;
         norm(x, y->norm, k, d, s->eps, h);
         product(&y->qkv, h, k, q, 0, &w->rows, t);
-        if (!n) attention(q, k, s->heads, s->dk, c->line, c->far, c->mask, w->kv, w->s, w->slot, h, t);
-        for (const Part *p = parts; p < parts + n; r += p++->k) see_text(s, p, w, l, q + 3*r*in, h + r*in, t);
+        for (const Part *p = parts; p < parts + n; r += p++->k) see_text(s, p, w, l, q + 3*r*in, h + r*in);
         product(&y->o, h, k, x, 1, &w->rows, t);
-        if (n) {
-            norm(x, y->cross_norm, k, d, s->eps, h);
-            product(&y->cross_q, h, k, q, 0, &w->rows, t);
-            r = 0;
-            for (const Part *p = parts; p < parts + n; r += p++->k) see_source(s, p, w, l, q + r*in, h + r*in);
-            product(&y->cross_o, h, k, x, 1, &w->rows, t);
-        }
-        for (r = 0; r < k; r += ROWS) { /* so that what is between its products stays in a cache */
-            int rows = k - r < ROWS ? k - r : ROWS;
-            norm(x + r*d, y->feed_norm, rows, d, s->eps, h);
-            product(&y->wi, h, rows, f, 0, &w->rows, t);
-            activate(s, rows, f);
-            product(&y->wo, f, rows, x + r*d, 1, &w->rows, t);
-        }
+        norm(x, y->cross_norm, k, d, s->eps, h);
+        product(&y->cross_q, h, k, q, 0, &w->rows, t);
+        r = 0;
+        for (const Part *p = parts; p < parts + n; r += p++->k) see_source(s, p, w, l, q + r*in, h + r*in);
+        product(&y->cross_o, h, k, x, 1, &w->rows, t);
+        for (r = 0; r < k; r += ROWS) feed(s, y, w, r, k - r < ROWS ? k - r : ROWS, h, t);
+    }
+}
+
+/* A source's rows in pieces. A thread takes one after the other and keeps what it makes of it in its caches; it waits
+   for the rest where a token must see the others. Pieces of very few rows share the panels of a product instead. */
+enum { PIECE = 6 };
+
+typedef struct { /* a piece, with the working memory of its thread, and how many threads share its products */
+    Work w;
+    long r, end;
+    int threads;
+} Piece;
+
+static Piece piece(const Work *w, long k, long p, long n, int split, int threads) {
+    Piece m = { *w, p*k/n, (p + 1)*k/n, split ? 1 : threads };
+    long t = split ? omp_get_thread_num() : 0;
+    m.w.f += t*w->own.f;
+    m.w.n += t*w->own.n;
+    m.w.rows.bytes += t*w->own.bytes;
+    m.w.rows.sides += t*w->own.sides;
+    return m;
+}
+
+/* DO(m) for each piece m of k rows. (A region within another one would make its threads anew, even if that has one.) */
+#define PIECES(DO) { \
+    long n = (k + ROWS - 1)/ROWS; \
+    int split = t > 1 && k >= (long)t*PIECE; \
+    if (split) { \
+        n = (n + t - 1)/t*t; \
+        _Pragma("omp parallel for num_threads(t) schedule(static)") \
+        for (long p = 0; p < n; p++) { const Piece m = piece(w, k, p, n, 1, t); DO; } \
+    } else for (long p = 0; p < n; p++) { const Piece m = piece(w, k, p, n, 0, t); DO; } \
+}
+
+/* queries, keys and values of a piece of the k rows of an encoder's layer y */
+static void ask(const Stack *s, const Layer *y, const Piece *m, long k) {
+    long rows = m->end - m->r, in = (long)s->heads*s->dk;
+    norm(m->w.x + m->r*s->d, y->norm, rows, s->d, s->eps, m->w.n);
+    product(&y->qkv, m->w.n, rows, m->w.q + 3*m->r*in, 0, &m->w.rows, m->threads);
+    store_panels(in_pairs(s->kv), m->w.q + in, 3*in, k, s->heads, s->dk, m->w.kv, m->r, m->end);
+}
+
+/* what a piece makes of what it saw */
+static void answer(const Stack *s, const Layer *y, const Piece *m) {
+    long rows = m->end - m->r, in = (long)s->heads*s->dk;
+    product(&y->o, m->w.h + m->r*in, rows, m->w.x + m->r*s->d, 1, &m->w.rows, m->threads);
+    feed(s, y, &m->w, m->r, rows, m->w.n, m->threads);
+}
+
+/* all layers of an encoder, over the k rows of text c */
+static void encoder_layers(const Stack *s, const Text *c, const Work *w, long k) {
+    int t = c->threads;
+    for (const Layer *y = s->layer; y < s->layer + s->layers; y++) {
+        PIECES(ask(s, y, &m, k))
+        attend_all(in_pairs(s->kv), w->q, k, s->heads, s->dk, c->line, c->far, c->mask, w->kv, w->s, w->slot, w->h, t);
+        PIECES(answer(s, y, &m))
     }
 }
 
@@ -678,21 +941,28 @@ static int embed(const Stack *s, int k, const int64_t *tokens, float *x) {
 static int encode(const Stack *s, const Text *c, Work *w, long k, const int64_t *tokens) {
     if (!c->line || !tokens || c->far < k || prepare(s, c, k, k, c->vocab, w)) return BAD_SIZE;
     if (embed(s, k, tokens, w->x)) return BAD_TOKEN;
-    layers(s, c, w, k, 0, 0);
+    encoder_layers(s, c, w, k);
     norm(w->x, s->norm, k, s->d, s->eps, w->x);
     return DONE;
 }
 
-/* the keys and values of the source for every layer of a decoder, from the encoder outputs x */
-static int cross(const Stack *s, const Text *c, const float *x) {
-    Work w;
-    long in = (long)s->heads*s->dk;
-    if (!x || !c->cross || c->source < c->n || c->source % WIDTH) return BAD_SIZE;
-    if (prepare(s, c, c->n, c->n, c->vocab, &w)) return BAD_SIZE;
+/* a piece's keys and values for every layer of a decoder, from the encoder outputs x */
+static void remember(const Stack *s, const Text *c, const Piece *m, const float *x) {
+    long rows = m->end - m->r, in = (long)s->heads*s->dk;
+    float *kv = m->w.q + 2*m->r*in;
     for (int l = 0; l < s->layers; l++) {
-        product(&s->layer[l].cross_kv, x, c->n, w.q, 0, &w.rows, c->threads);
-        store(w.q, 2*in, c->n, in, c->cross + l*2*c->source*in, c->source, 0);
+        product(&s->layer[l].cross_kv, x + m->r*s->d, rows, kv, 0, &m->w.rows, m->threads);
+        store(s, kv, 2*in, rows, c->cross + l*layer_bytes(s, c->source), c->source, m->r);
     }
+}
+
+static int cross(const Stack *s, const Text *c, const float *x) {
+    Work whole, *w = &whole;
+    long k = c->n;
+    int t = c->threads;
+    if (!x || !c->cross || c->source < c->n || c->source % GROUP) return BAD_SIZE;
+    if (prepare(s, c, k, k, c->vocab, w)) return BAD_SIZE;
+    PIECES(remember(s, c, &m, x))
     return DONE;
 }
 
@@ -720,7 +990,7 @@ static int pass(const Stack *s, const Text *c, Work *w, const Part *parts, int n
     long k = 0, last = 0, d = s->d, v = head.out = c->vocab;
     for (p = parts; p < parts + n; k += p++->k)
         if (embed(s, p->k, p->tokens, w->x + k*d)) return BAD_TOKEN;
-    layers(s, c, w, k, parts, n);
+    decoder_layers(s, c, w, k, parts, n);
     for (p = parts, k = 0; p < parts + n; last += p++->last) {
         k += p->k;
         norm(w->x + (k - p->last)*d, s->norm, p->last, d, s->eps, w->h + last*d);
@@ -748,8 +1018,8 @@ static int fits(const Stack *s, const Part *part, long vocab) {
     if (!c || !part->tokens || !c->kv || !c->cross || !c->line) return 0;
     if (k < 1 || k > LONGEST || part->last < 1 || part->last > k) return 0;
     if (at < 0 || more < 0 || more > c->room) return 0;
-    if (k + more > c->room - at || k + more > c->far - at || c->room % WIDTH) return 0;
-    if (c->n < 1 || c->n > c->source || c->source % WIDTH) return 0;
+    if (k + more > c->room - at || k + more > c->far - at || c->room % GROUP) return 0;
+    if (c->n < 1 || c->n > c->source || c->source % GROUP) return 0;
     return c->vocab == vocab && vocab >= 1 && vocab <= s->head.out;
 }
 
