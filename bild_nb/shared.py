@@ -10,52 +10,55 @@ __all__ = ['encoder_digest', 'Lent', 'SharedEncoder', 'project', 'share_encoder'
 import copy, hashlib
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
+from .stored import filled, outline, values
 
 # %% ../nbs/00d_shared.ipynb #bcbc953a
-def encoder_digest(weights # an encoder's tensors by name, or pairs of them
-                  ) -> str:
-    "A hash of an encoder's weights as fp32"
+def encoder_digest(model) -> str:
+    "A hash of the weights of a model's encoder as fp32"
     seen = hashlib.sha256()
-    for name, weight in sorted(dict(weights).items()):
+    for name, weight in sorted(model.encoder.state_dict(keep_vars=True).items()):
         seen.update(name.encode())
-        flat = weight.detach().float().cpu().contiguous().flatten()
+        flat = values(weight, torch.float32).float().cpu().contiguous().flatten()
         seen.update(flat.view(torch.uint8).numpy().data)
     return seen.hexdigest()[:16]
 
 # %% ../nbs/00d_shared.ipynb #da70176e
 class Lent:
-    "A module that belongs to another model: no copy of its borrower copies it"
-    def __init__(self, module): self.module = module
+    "An encoder that belongs to another model: no copy of its borrower copies it"
+    def __init__(self, model): self.model = model
+    @property
+    def module(self): return filled(self.model).encoder
     def __deepcopy__(self, memo): return self
 
 class SharedEncoder(nn.Module):
     "In the place of a small model's encoder: its large model's, and a projection"
     main_input_name = 'input_ids'
     def __init__(self,
-                 encoder,   # of the large model
+                 large,     # the transformers model that it belongs to
                  width: int # what the small model's decoder reads
                 ):
         super().__init__()
-        self.lent, self.config = Lent(encoder), encoder.config
-        wide = encoder.config.d_model
+        self.lent, self.config = Lent(large), large.encoder.config
+        wide = self.config.d_model
         self.projection = None if wide == width else nn.Linear(wide, width, bias=False)
 
     def forward(self, input_ids=None, attention_mask=None, **unused):
         with torch.no_grad():  # the large model learns nothing here
             out = self.lent.module(input_ids=input_ids, attention_mask=attention_mask)
         read = out.last_hidden_state
-        return BaseModelOutput(project(self.projection, read), hidden_states=(read,))
+        weight = None if self.projection is None else self.projection.weight
+        return BaseModelOutput(project(weight, read), hidden_states=(read,))
 
-def project(projection, # a `SharedEncoder`'s
-            read: Tensor # (rows, source length, width of the large model)
-           ) -> Tensor:  # (rows, source length, width of the small model)
+def project(weight: Tensor | None, # (width of the small model, of the large one)
+            read: Tensor           # (rows, source length, width of the large model)
+           ) -> Tensor:            # (rows, source length, width of the small model)
     "What the small model's decoder sees of an encoder output"
-    if projection is None: return read
-    return projection(read.to(projection.weight.dtype))
+    return read if weight is None else F.linear(read.to(weight.dtype), weight)
 
 # %% ../nbs/00d_shared.ipynb #93e9c5f4
 def share_encoder(small, # a T5 or mT5
@@ -66,10 +69,10 @@ def share_encoder(small, # a T5 or mT5
         if model.config.model_type in ('t5', 'mt5'): continue
         raise ValueError(f'{type(model).__name__} cannot share an encoder: '
                          'T5 and mT5 models can')
-    shared = SharedEncoder(large.encoder, small.config.d_model)
+    shared = SharedEncoder(large, small.config.d_model)
     new = copy.deepcopy(small, {id(small.encoder): shared})
     new.config.num_layers = new.config.num_decoder_layers  # it has no others
-    new.config.shared_encoder = encoder_digest(large.encoder.state_dict())
+    new.config.shared_encoder = encoder_digest(large)
     return new
 
 def borrows(small) -> bool:
@@ -78,7 +81,7 @@ def borrows(small) -> bool:
 
 def reads(small, large) -> bool: # transformers models
     "Whether `small` reads the encoder of this very `large`"
-    return borrows(small) and small.encoder.lent.module is getattr(large, 'encoder', 0)
+    return borrows(small) and small.encoder.lent.model is large
 
 # %% ../nbs/00d_shared.ipynb #96d0db9c
 def load_own(model,       # of `share_encoder`
@@ -98,26 +101,28 @@ def load_own(model,       # of `share_encoder`
     except RuntimeError as e:
         raise ValueError('its weights have another shape than its config says') from e
 
-def load_shared(folder: Path,  # of the small model
-                config,        # in it
-                large,         # a transformers model
-                name: str = '' # of the large model
-               ):              # in fp32
+def load_shared(folder: Path,   # of the small model
+                config,         # in it
+                large,          # a transformers model
+                name: str = '', # of the large model
+                dtype: torch.dtype = torch.float32
+               ):               # an outline, see `filled`
     "A small model that reads the encoder of `large`; a `ValueError` for another one"
     check_lender(config, large, name)
-    model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
-    model.encoder = SharedEncoder(large.encoder, config.d_model)
-    load_own(model, folder)
-    if (folder/'generation_config.json').exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    def lend(model): model.encoder = SharedEncoder(large, config.d_model)
+    model = outline(folder, config, dtype, lend)
+    if model is not None: return model
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    lend(model)
+    load_own(model, folder)  # says what is wrong
+    raise ValueError('its files are not what save_pretrained writes')
 
 def check_lender(config, large, name: str = ''):
     "A `ValueError` unless `large` has the encoder that a small model was trained with"
     if large is None:
         raise ValueError('it holds a decoder that reads the encoder of its large '
                          'model: load both, with load_pair')
-    if encoder_digest(large.encoder.state_dict()) == config.shared_encoder: return
+    if encoder_digest(large) == config.shared_encoder: return
     raise ValueError(f'it reads the encoder of another large model than {name or "this"}'
                      f' (its encoder is {config.shared_encoder}): load it with that one')
 
