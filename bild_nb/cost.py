@@ -28,6 +28,8 @@ class Opened:
                  most: int = 16     # tokens of the longest pass
                 ):
         self.model, self.ids, self.context = model, input_ids, context
+        source = model.source  # whose encoder it reads: that takes none of its time
+        self.encoded = source.encoded(input_ids) if source is not None else None
         self.settings = model.settings()
         start = self.settings.start[0]
         self.tokens = torch.full((1, context + most), start, device='cpu')
@@ -38,7 +40,8 @@ class Opened:
         "Read the source, into a new cache"
         use_threads(self.model)
         room = self.tokens.shape[1]
-        self.cache = self.model.open(self.ids, settings=self.settings, room=room)
+        self.cache = self.model.open(self.ids, encoded=self.encoded,
+                                     settings=self.settings, room=room)
 
     def read_context(self):
         "Read what comes before the passes"

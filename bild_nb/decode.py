@@ -18,6 +18,7 @@ from .policy import Draft, Draws, ENDS, Policy, as_policy
 from .decoder import Cache, Model, Settings
 from .decoder import drafted, evaluating, same_threads, transfer, use_threads
 from .causal import joined, plain_model, unpad
+from .shared import reads
 
 # %% ../nbs/02_decode.ipynb #72d6cf6e
 @dataclass
@@ -126,6 +127,9 @@ def check_kinds(large: Model, small: Model):
     a, b = (kinds[m.settings().causal] for m in (large, small))
     if a != b: raise ValueError(f'the large one is {a} and the small one {b}: BiLD '
                                 'needs two of a kind')
+    if large.borrows or small.borrows and not reads(small._model, large._model):
+        raise ValueError('the small model has no encoder and reads that of another '
+                         'large model: load both with one load_pair')
 
 def common(large: Settings, small: Settings) -> Settings:
     "What a text follows that two models write; a `ValueError` where they differ"
@@ -561,6 +565,13 @@ def _asked(self: BigLittleDecoder) -> dict:
     return {name: getattr(self, name) for name in used if used[name]}
 
 @patch
+def _read_once(self: BigLittleDecoder, ids, mask) -> dict: # for `Model.open`
+    "What the large model's encoder makes of a source, where both models read it"
+    if not (self.small.borrows and self.policy.uses_small): return {}
+    use_threads(self.large)
+    return dict(encoded=self.large.encoded(ids, mask))
+
+@patch
 def _open(self: BigLittleDecoder, run: Run, ids: Tensor | None = None, mask=None):
     "Let the models that the policy asks read the source, if there is one"
     tokenizer, policy, ends = self.large.tokenizer, self.policy, set(run.settings.eos)
@@ -569,10 +580,11 @@ def _open(self: BigLittleDecoder, run: Run, ids: Tensor | None = None, mask=None
     if ids is not None:
         ids, mask = cut(ids, mask, run.settings, ends)
         ids = ids.to(torch.int64).contiguous()
+    room = min(run.limit, 1024)  # more is made when it is needed
+    how = dict(self._read_once(ids, mask), settings=run.settings, room=room)
     for name, model in self._asked().items():
         use_threads(model)
-        room = min(run.limit, 1024)  # more is made when it is needed
-        setattr(run, name, model.open(ids, mask, settings=run.settings, room=room))
+        setattr(run, name, model.open(ids, mask, **how))
     if policy.uses_small: run.draft_state = policy.draft.begin(1)
     if policy.uses_large: run.accept_state = policy.accept.begin(1)
     if self.large.lists: run.farthest = policy.farthest

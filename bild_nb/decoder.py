@@ -19,6 +19,8 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 from fastcore.basics import patch
 from .policy import Draft, ENDS, Scores, pick, score
+from .shared import borrows, project
+from .stored import filled, values
 
 # %% ../nbs/01_decoder.ipynb #b070e9d6
 def special(model, name: str):
@@ -115,12 +117,23 @@ class Model:
     lists = False      # whether it has `draft_ids` and `judge_ids` (see `NativeEngine`)
     rows = False       # whether it has `draft_rows` and `judge_rows` as well
     threads = None     # of a CPU, for this model's passes; None: torch's own number
+    source = None      # the `Model` whose encoder it reads, if it has none (`borrows`)
     def __init__(self,
                  model,          # a transformers model
                  tokenizer=None  # shows texts in traces
                 ):
-        self.model, self.tokenizer = model, tokenizer
+        self._model, self.tokenizer = model, tokenizer
         self._said, self._known = set(), (None, None, None)
+        self.borrows = borrows(model)  # whether it has no encoder of its own
+        lent = model.encoder.projection if self.borrows else None
+        self.projection = None if lent is None else values(lent.weight)
+
+    @property
+    def model(self):
+        "The transformers model; one that was packed from its files is read again now"
+        if not hasattr(self._model, 'stored'): return self._model
+        with memory('the model that was asked for', size_gb(self._model)):
+            return filled(self._model)
 
     def open(self,
              ids: Tensor,                    # (rows, source length) int64, anywhere
@@ -141,26 +154,33 @@ class Model:
         "Forget what was read from `at` on, read `tokens`, give the logits after each"
         raise NotImplementedError
 
+    def encoded(self,
+                ids: Tensor,                # (rows, source length) int64
+                mask: Tensor | None = None  # (rows, source length) of 0 and 1
+               ) -> Tensor:                 # (rows, source length, width)
+        "What its encoder makes of a source"
+        raise NotImplementedError
+
 # %% ../nbs/01_decoder.ipynb #04087d6a
 @patch(as_prop=True)
 def device(self: Model):
     "Where passes compute: of an offloaded model, where its hooks do"
-    place = self.model.device
+    place = self._model.device
     if place.type != 'meta': return place
-    hooks = (getattr(m, '_hf_hook', None) for m in self.model.modules())
+    hooks = (getattr(m, '_hf_hook', None) for m in self._model.modules())
     places = (getattr(hook, 'execution_device', None) for hook in hooks)
     return torch.device(next((p for p in places if p is not None), place))
 
 @patch(as_prop=True)
 def words(self: Model) -> int:
     "Rows of the input embedding: ids that can be read are below this"
-    return self.model.get_input_embeddings().weight.shape[0]
+    return self._model.get_input_embeddings().weight.shape[0]
 
 # %% ../nbs/01_decoder.ipynb #0b101a03
 @patch
 def settings(self: Model) -> Settings:
     "`Settings` as they are now; warns of those that are not followed, once"
-    now = vars(self.model.generation_config), vars(self.model.config)
+    now = vars(self._model.generation_config), vars(self._model.config)
     *before, found = self._known
     if before != [*now]:  # compared with copies, so that a list changed in place shows
         self._warn()
@@ -171,16 +191,38 @@ def settings(self: Model) -> Settings:
 @patch
 def read_settings(self: Model) -> Settings:
     "`Settings` anew"
-    return Settings.of(self.model)
+    return Settings.of(self._model)
 
 @patch
 def _warn(self: Model):
-    left = unfollowed(self.model.generation_config)
+    left = unfollowed(self._model.generation_config)
     left = {k: v for k, v in left.items() if k not in self._said}
     self._said |= left.keys()
     if left:
         warnings.warn(f'BiLD decodes greedily and does not follow {left} '
-                      f'of the generation config of {type(self.model).__name__}')
+                      f'of the generation config of {type(self._model).__name__}')
+
+# %% ../nbs/01_decoder.ipynb #54767966
+@patch
+def held(self: Model) -> dict: # address to bytes
+    "The memory of its weights; what several models share has one address"
+    if hasattr(self._model, 'stored'): return {}  # they are in their files
+    return {p.data_ptr(): p.nbytes for p in self._model.parameters()}
+
+# %% ../nbs/01_decoder.ipynb #e1ff00c1
+@patch
+def borrowed(self: Model,
+             ids, mask=None,
+             encoded: Tensor | None = None # of the large model's encoder
+            ) -> Tensor | None:            # as its decoder reads it
+    "What `open` reads in the place of an encoder's output; None: it has an encoder"
+    if not self.borrows: return encoded
+    if encoded is None and self.source is not None:
+        encoded = self.source.encoded(ids, mask)
+    if encoded is None:
+        lent = self.model.encoder.lent.module
+        encoded = lent(input_ids=ids, attention_mask=mask).last_hidden_state
+    return project(self.projection, encoded).to(self._model.dtype)
 
 # %% ../nbs/01_decoder.ipynb #42367cd0
 def transfer(*tensors) -> tuple: # the same, tensors on the host
@@ -324,9 +366,8 @@ def open(self: Decoder, ids, mask=None, encoded=None, settings=None, room=64):
     "As `Model.open`"
     settings, device = settings or self.settings(), self.device
     if mask is not None: mask = None if mask.all() else mask.to(device)
-    if encoded is None:
-        encoder, ids = self.model.get_encoder(), ids.to(device)
-        encoded = encoder(input_ids=ids, attention_mask=mask)
+    encoded = self.borrowed(ids, mask, encoded)
+    if encoded is None: encoded = self.encoded(ids, mask)
     if isinstance(encoded, Tensor): encoded = BaseModelOutput(encoded)
     own, decoder = DynamicCache(), self.model.get_decoder()
     if self.static: own = StaticCache(config=decoder.config, max_cache_len=self.static)
@@ -350,6 +391,22 @@ def forward(self: Decoder, cache: PlainCache, tokens, at, last=None) -> Tensor:
     logits = out.logits[:, -(last or k):, :settings.vocab]
     if cache.never is not None: logits.index_fill_(-1, cache.never, -torch.inf)
     return logits
+
+# %% ../nbs/01_decoder.ipynb #1f1440c7
+@patch
+def encoded(self: Decoder, ids, mask=None) -> Tensor:
+    "As `Model.encoded`"
+    encoder, ids = self.model.get_encoder(), ids.to(self.device)
+    if mask is not None: mask = mask.to(self.device)
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+
+# %% ../nbs/01_decoder.ipynb #5629ebbc
+@patch
+def encoded(self: Decoder, ids, mask=None) -> Tensor:
+    "As `Model.encoded`"
+    encoder, ids = self.model.get_encoder(), ids.to(self.device)
+    if mask is not None: mask = mask.to(self.device)
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 # %% ../nbs/01_decoder.ipynb #77111289
 def check_position(at: int, length: int):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'SHIPPED', 'HEAD', 'DTYPES', 'NOWHERE', 'TOKENIZERS', 'Backend', 'fastest', 'decoder_for', 'check_backend',
            'find_model', 'online', 'local_folder', 'read_json', 'shapes', 'check_header', 'misfit', 'dtype_name',
-           'pair_dtypes', 'find_device', 'check_loaded', 'load_model', 'auto_class', 'find_tokenizer', 'Pair',
-           'pair_policy', 'pair_threads', 'load_pair', 'check_texts']
+           'pair_dtypes', 'find_device', 'check_loaded', 'load_model', 'whole_model', 'thin_model', 'auto_class',
+           'find_tokenizer', 'Pair', 'pair_policy', 'pair_threads', 'load_pair', 'check_texts']
 
 # %% ../nbs/06_pair.ipynb #58936530
 import json, re, threading, warnings
@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 from .policy import Policy, as_policy, parse_policy
+from .stored import filled, outline
+from .shared import load_shared
 from .decoder import Model, memory, size_gb
 from .decode import check_pair
 from .trace import BigLittleDecoder, printable
@@ -298,7 +300,9 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
                which: str,   # `large` or `small`
                device=None,  # None: a GPU where there is one
                dtype='fp32', # a name in `DTYPES`, or torch's own
-               causal: bool = False # whether one that continues prompts will do
+               causal: bool = False, # whether one that continues prompts will do
+               large=None,   # the transformers model whose encoder a small one reads
+               thin: bool = False # whether an outline will do, see `filled`
               ) -> tuple:    # the model, and its tokenizer or None
     "A model in eval mode and its tokenizer. Runs no code of the folder's"
     name, device = dtype_name(dtype), find_device(device)
@@ -308,21 +312,37 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
     here = Path(source).is_dir()
     local = here or not online()  # a model of the hub may have been downloaded before
     try:
-        check_header(local_folder(source, local))
-        safely = dict(trust_remote_code=False, local_files_only=local)
+        check_header(folder := local_folder(source, local))
+        safely, kind = dict(trust_remote_code=False, local_files_only=local), DTYPES[name]
         with _quiet():
-            kind = auto_class(AutoConfig.from_pretrained(source, **safely), causal)
-            model, info = kind.from_pretrained(
-                source, dtype=DTYPES[name], ignore_mismatched_sizes=True,
-                output_loading_info=True, **safely)
-        check_loaded(model, info)
+            config = AutoConfig.from_pretrained(source, **safely)
+            cls = auto_class(config, causal)
+            model = thin_model(folder, config, kind, device, large, thin)
+            if model is None: model = whole_model(cls, source, kind, safely)
     except Exception as e:
         what = f'the folder {where}' if here else where
         why = f'cannot be read ({first_line(e)})'
         if not here and isinstance(e, OSError): why = NOWHERE
         raise ValueError(f'{which} model: {what} {why}') from e
-    with memory(f'the {which} model', size_gb(model)): model.to(device).eval()
+    with memory(f'the {which} model', size_gb(model)):
+        if not hasattr(model, 'stored'): model.to(device).eval()
     return model, find_tokenizer(source, local)
+
+# %% ../nbs/06_pair.ipynb #7da484b5
+def whole_model(cls, source: str, dtype, safely: dict):
+    "What transformers loads, if it found all that it looked for and nothing else"
+    model, info = cls.from_pretrained(source, dtype=dtype, ignore_mismatched_sizes=True,
+                                      output_loading_info=True, **safely)
+    check_loaded(model, info)
+    return model
+
+def thin_model(folder: Path, config, dtype, device, large, thin: bool):
+    "An outline, or a model on the encoder of `large`; None: it is loaded as usual"
+    thin = thin and device.type == 'cpu'
+    if getattr(config, 'shared_encoder', None):
+        model = load_shared(folder, config, large, dtype=dtype)
+        return model if thin else filled(model)
+    return outline(folder, config, dtype) if thin else None
 
 # %% ../nbs/06_pair.ipynb #794da1e5
 def auto_class(config, causal: bool):
@@ -361,11 +381,16 @@ class Pair:
     def causal(self) -> bool: return self.large.settings().causal
     def __repr__(self):
         def line(m):
-            size = m.model.num_parameters()/1e6
-            return f'{type(m.model).__name__} {size:.1f} M parameters ({m.backend})'
+            size, alone = m._model.num_parameters()/1e6, 'decoder '*m.borrows
+            name = f'{type(m._model).__name__} {alone}{size:.1f} M parameters'
+            return f'{name} ({m.backend})'
         vocab = min(m.settings().vocab for m in (self.large, self.small))
         return (f'Pair(large: {line(self.large)}, small: {line(self.small)}, '
-                f'vocabulary {vocab}, policy {self.policy}, {self.large.device})')
+                f'vocabulary {vocab}, policy {self.policy}, {self.large.device}, '
+                f'holds {self.held()/1e6:.0f} MB)')
+    def held(self) -> int: # bytes
+        "The memory of both models' weights, packed or not; what they share counts once"
+        return sum({**self.large.held(), **self.small.held()}.values())
 
 def pair_policy(folder: Path) -> Policy:
     "The policy in the `bild.json` of a small model's folder, or the default"
@@ -413,9 +438,12 @@ def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
     models = []
     for where, which, kind in zip((large, small), ('large', 'small'), dtypes):
         stored = 'fp32' if kind == 'int8' else kind
-        model, tokenizer = load_model(where, which, device, stored, causal=True)
+        lender = models[0]._model if models else None
+        model, tokenizer = load_model(where, which, device, stored, True, lender,
+                                      thin=backend != 'plain')
         models.append(decoder_for(model, tokenizer, backend, kind == 'int8'))
     check_pair(*models)
+    if models[1].borrows: models[1].source = models[0]
     tokenizer = next((m.tokenizer for m in models if m.tokenizer is not None), None)
     for m in models: m.tokenizer = tokenizer  # one object is not compared again
     policy = pair_policy(local_folder(places[1], local=True))

@@ -16,8 +16,10 @@ from fastcore.basics import patch
 from transformers import (DataCollatorForSeq2Seq, EarlyStoppingCallback,
                           PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments,
                           TrainerCallback)
+from transformers.modeling_outputs import BaseModelOutput
 from .batches import TokenBatches
 from .policy import Policy
+from .shared import reads
 from .runs import Siblings
 from .safe import SEAL, last_checkpoint, read_json, seal, whole, write_json
 from .seq2seq import adafactor
@@ -104,9 +106,12 @@ def both(self:AlignTrainer,
     "Logits of small and large (None: not needed) where there is a label, and labels"
     x = {k: batch[k] for k in ('input_ids', 'attention_mask', 'decoder_input_ids')}
     on = batch['labels'] != -100
-    q, y = model(**x).logits[on], batch['labels'][on]
+    out, y = model(**x), batch['labels'][on]
+    q = out.logits[on]
     if self.large is None or model.training and self.objective == 'sequence':
         return q, None, y
+    if reads(self.accelerator.unwrap_model(model), self.large):  # once for both
+        x['encoder_outputs'] = BaseModelOutput(*out.encoder_hidden_states)
     with torch.no_grad(): p = self.large(**x).logits[on]
     if model.training and self.top: p = likeliest(common(q, p)[1], self.top)
     return q, p, y

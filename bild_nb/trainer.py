@@ -21,6 +21,7 @@ from .batches import (HidingCollator, Noise, NoisyRows, TokenBatches, check_rows
                              encode)
 from .pair import load_model
 from .runs import Folder, Siblings
+from .shared import borrows, load_own
 from .safe import (checkpoints, digest, last_checkpoint, model_digest, read_json,
                           seal, tokenizer_digest, whole, write_json)
 from .seq2seq import adafactor, cheap_dropout
@@ -170,6 +171,7 @@ def load_weights(
     folder:Path, # of a saved model
 ):
     "Give `model` the weights in `folder`"
+    if borrows(model): return load_own(model, folder)
     saved = load_model(str(folder), 'large', 'cpu')[0]
     model.load_state_dict(saved.state_dict())
 
