@@ -19,6 +19,7 @@ from .decoder import Cache, Model, Settings
 from .decoder import drafted, evaluating, same_threads, transfer, use_threads
 from .causal import joined, plain_model, unpad
 from .shared import reads
+from .together import wasted_rows
 
 # %% ../nbs/02_decode.ipynb #72d6cf6e
 @dataclass
@@ -85,6 +86,7 @@ class Output:
     sequences: Tensor  # (rows, length) int64 with what each text begins with: the
                        # start token or its prompt; on the models' device
     trace: list        # a `Trace` for each row
+    wasted_rows: int = 0  # rows of passes that only rode along, of both models
 
 # %% ../nbs/02_decode.ipynb #a03bf171
 SPECIAL = 'eos_token', 'pad_token', 'unk_token'
@@ -175,6 +177,7 @@ class Run:
     farthest: float | None = None  # of the policy; None: the rule is asked
     draws: Draws | None = None     # None: nothing is drawn
     name: str = ''                 # for errors: which row it is, if there are several
+    wasted: int = 0                # `wasted_rows` of its batch, noted at its first text
 
     @property
     def done(self) -> bool:
@@ -352,7 +355,7 @@ def _verify_rows(self: BigLittleDecoder, runs: list, turns: list) -> list: # of 
     found = self.large.judge_rows(
         [run.large for run in runs], ids, [run.large_at for run in runs],
         [len(turn.draft) for turn in turns],
-        runs[0].farthest, self.policy.accept.strict)
+        self.policy.farthest, self.policy.accept.strict)
     for (run, turn), x, row in zip(both, ids, found):
         self._verified(run, turn, len(x), row, started)
     return [turn.target[turn.accepted] for turn in turns]
@@ -374,7 +377,7 @@ def _joins(self: BigLittleDecoder) -> bool:
 @patch
 def _write(self: BigLittleDecoder, runs: list, sources: list, keep: bool, started):
     "Write the texts, those together that can be; `keep` every turn"
-    size = TOGETHER if self._joins() else 1
+    size = TOGETHER if len(runs) > 1 and self._joins() else 1
     for i in range(0, len(runs), size):
         part = runs[i:i + size]
         for run, source in zip(part, sources[i:]):
@@ -384,6 +387,7 @@ def _write(self: BigLittleDecoder, runs: list, sources: list, keep: bool, starte
         for run, turn in self._turns_together(part) if len(part) > 1 else lone:
             run.trace.add(turn, keep)
             run.trace.ms = (time.perf_counter() - started)*1e3
+        part[0].wasted = wasted_rows([c for run in part for c in (run.large, run.small)])
         for run in part: run.large = run.small = None  # their memory is free
         started = time.perf_counter()
 
@@ -507,7 +511,8 @@ def generate(self: BigLittleDecoder,
         self._write(runs, sources, trace, started)
     new = [run.tokens[n:] for run, n in zip(runs, begun)]
     sequences = joined(ids, new, settings.pad).to(self.large.device)
-    return Output(sequences, [run.trace for run in runs])
+    wasted = sum(run.wasted for run in runs)
+    return Output(sequences, [run.trace for run in runs], wasted)
 
 # %% ../nbs/02_decode.ipynb #ec19dd64
 @patch

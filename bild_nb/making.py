@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Valid', 'Size', 'Hours', 'PRECISIONS', 'INSTEAD', 'OptionalTask', 'AlignLarge', 'Calibration', 'Objective',
-           'OnPolicy', 'Recipes', 'Temperature', 'Top', 'called', 'loaded', 'train', 'next_steps', 'calibrate', 'value',
-           'recipe_options', 'read_recipe', 'listened_to', 'load_listener', 'stored_half', 'align_names', 'align',
-           'align_policy', 'check_learning', 'lengths', 'aligned_text']
+           'OnPolicy', 'Recipes', 'Temperature', 'Top', 'called', 'loaded', 'train', 'next_steps', 'writer',
+           'calibrate', 'value', 'recipe_options', 'read_recipe', 'listened_to', 'load_listener', 'stored_half',
+           'align_names', 'align', 'align_policy', 'check_learning', 'lengths', 'aligned_text']
 
 # %% ../nbs/88_making.ipynb #537d02da
 import shlex
@@ -94,8 +94,18 @@ def next_steps(data: str,
     return '\n'.join([f'{large} and {small} are trained. What comes next:', *lines])
 
 # %% ../nbs/88_making.ipynb #bf549673
-PRECISIONS = 'fp32', 'bf16', 'fp16'
+PRECISIONS = 'fp32', 'bf16', 'fp16', 'int8'
 
+def writer(where: str, device, dtype: str) -> tuple: # for `calibrate`
+    "What writes a calibration set (a `Model`, or one of transformers); its tokenizer"
+    from bild_nb.pair import decoder_for
+    int8 = dtype == 'int8'
+    model, tokenizer = loaded(where, 'large', device, 'fp32' if int8 else dtype)
+    if model.device.type != 'cpu' and not int8: return model, tokenizer
+    ours = decoder_for(model, tokenizer, int8=int8)
+    return (ours if ours.rows else model), tokenizer
+
+# %% ../nbs/88_making.ipynb #bf958df0
 @command('bild calibrate help-de-en --out runs/calibration --limit 1000')
 def calibrate(
     task: TaskName,
@@ -111,7 +121,7 @@ def calibrate(
     max_new_tokens: MaxTarget = None,
     max_tokens: option(int, 'N', 'source tokens of a batch, with padding',
                        min=1) = 4096,
-    dtype: option(str, 'T', 'fp32, bf16 or fp16') = 'fp32',
+    dtype: option(str, 'T', 'fp32, bf16, fp16, or int8 on a CPU') = 'fp32',
     device: Device = None,
     threads: Threads = None,
     license: License = None,
@@ -134,7 +144,7 @@ def calibrate(
     check_out(out, out/WORK, out/RESULT)
     rows = load_inputs(chosen, data, limit)
     if rows.left_out and state.is_main_process: note(said(rows.left_out))
-    model, tokenizer = loaded(large, 'large', device or state.device, dtype)
+    model, tokenizer = writer(large, device or state.device, dtype)
     name = f'{chosen.name} ({called(data)})' if data else chosen.name
     shipped = chosen.data == 'shipped' and not data
     made = run(model, tokenizer, rows, out, called(large), name,

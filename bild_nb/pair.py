@@ -28,7 +28,8 @@ from .stored import filled, outline
 from .shared import load_shared
 from .decoder import Model, memory, size_gb
 from .decode import check_pair
-from .trace import BigLittleDecoder, printable
+from .many import BigLittleDecoder
+from .trace import printable
 
 # %% ../nbs/06_pair.ipynb #ba88fdf2
 @dataclass(frozen=True)
@@ -520,14 +521,20 @@ def translate(self: Pair,
               seed: int | None = None        # of a policy that draws
              ) -> list[str]:
     "Translate (or summarize, or whatever the pair was trained for) `texts`"
-    if policy is None: policy = self.policy
-    bild, rows = BigLittleDecoder(self.large, self.small, policy), []
-    for i, ids in enumerate(self.encode(texts, max_source)):
-        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False,
-                            seed=seed, row=i)
-        rows.append(out.sequences[0])
+    rows = self._rows(self.encode(texts, max_source), policy, max_new_tokens, seed)
     with _tokenizing:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+@patch
+def _rows(self: Pair, ids: list, policy, new: int, seed=None) -> list: # of (length)
+    "What is written for each source or prompt, in the order given"
+    if policy is None: policy = self.policy
+    bild = BigLittleDecoder(self.large, self.small, policy)
+    found = dict(bild.each(ids, new, seed=seed))
+    for i, out in found.items():
+        if isinstance(out, FloatingPointError):
+            raise FloatingPointError(f'text {i}: {out}') from out
+    return [found[i].sequences[0] for i in range(len(ids))]
 
 # %% ../nbs/06_pair.ipynb #a7e5f57f
 @patch
@@ -569,10 +576,8 @@ def generate(self: Pair,
             ) -> list[str]:            # what is written behind each prompt
     "Continue texts, or answer messages, with a causal pair"
     if isinstance(prompts, str): raise ValueError('give a list of prompts')
-    bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
-    made = []
-    for ids in [self.prompt(p) for p in prompts]:
-        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False)
-        made.append(out.sequences[0, ids.shape[1]:])
+    ids = [self.prompt(p) for p in prompts]
+    rows = self._rows(ids, policy, max_new_tokens)
+    made = [row[given.shape[1]:] for row, given in zip(rows, ids)]
     with _tokenizing:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in made]
