@@ -5,7 +5,8 @@ import torch
 from concurrent.futures import ThreadPoolExecutor
 from transformers import T5ForConditionalGeneration
 from bild_nb import native
-from bild_nb.native import NativeEngine, library
+from bild_nb.native import KV, NativeEngine, library
+import bild_nb.rows
 from bild_nb.policy import Fixed, Policy
 from bild_nb.testing import random_t5
 
@@ -56,15 +57,42 @@ for model in shapes():
     vocab = model.config.vocab_size
     for int8 in (False, True)[:1 + bool(library().int8_top())]:
         d = NativeEngine(model, int8=int8)
-        for d.shares in (False, True):  # one thread, two threads
+        for d.shares, kv in ((False, 'fp32'), (True, 'fp32'), (True, 'bf16'), (False, 'int8'))[:2 if quick else 4]:
+            d.keep_kv(kv)  # one thread, two threads
             for n in (3,) if quick else (1, 2, 15, 16, 17, 31, 193, 300, 577, 1100):
                 text(d, row(n, vocab), row(rng.choice([2, 15, 33, 70]), vocab))
                 cases += 1
 
+def rows(d, lengths, vocab):
+    "Texts of several lengths, drafted and judged together, each with wrong turns; their memory grows on the way"
+    caches = [d.open(row(n, vocab), room=16) for n in lengths]
+    at, ends = [0]*len(caches), (7, 1, 40, 23, 2)
+    for _ in range(4):
+        ids = [[rng.randrange(2, vocab) for _ in range(rng.randrange(1, 9))] for _ in caches]
+        found = d.draft_rows(caches, ids, at, .1, [ends[i % 5] for i in range(len(caches))])
+        g = [len(tokens) for tokens, *_ in found]
+        d.judge_rows(caches, [x + tokens for x, (tokens, *_) in zip(ids, found)], at, g, 2.)
+        at = [max(c.length - rng.randrange(0, 3), 0) for c in caches]
+    for bad in (-1, 2**40):
+        try: d.judge_rows(caches, [[3, 4]]*(len(caches) - 1) + [[3, bad]], at, [1]*len(caches), 2.)
+        except IndexError: continue
+        raise SystemExit(f'id {bad} was taken')
+
+
 if not quick:
+    for model, vocab in ((random_t5(7, num_heads=2, d_kv=64, d_ff=1030), 40),
+                         (random_t5(8, num_heads=3, d_kv=7, d_model=30, d_ff=37, vocab_size=33), 33)):
+        for int8 in (False, True)[:1 + bool(library().int8_top())]:
+            for kv in KV:
+                d = NativeEngine(model, int8=int8, kv=kv)
+                for d.shares in (False, True):
+                    for lengths in ((1, 2, 3), (193, 15, 1100, 97), (5,), tuple(range(29, 42))):
+                        rows(d, lengths, vocab)
+                        cases += len(lengths)
     model = random_t5(6, layers=1, decoder_layers=1)
-    for int8 in (False, True)[:1 + bool(library().int8_top())]:
-        d = NativeEngine(model, int8=int8)
+    for int8, kv in ((False, 'fp32'), (True, 'bf16'))[:1 + bool(library().int8_top())]:
+        d = NativeEngine(model, int8=int8, kv=kv)
+        d.shares = True
         for n in (*range(1, 100), *range(100, 1101, 13)):  # every rest of a tile of queries, of keys, of rows
             d.forward(d.open(row(n)), row(3), [0])
             cases += 1

@@ -125,7 +125,7 @@ def describe(decoder, name: str, vocabulary: int) -> dict:
         revision=getattr(m.config, '_commit_hash', None),
         weights=model_digest(m),
         parameters=sum(p.numel() for p in m.parameters()),
-        dtype='int8' if 'int8' in decoder.backend else str(m.dtype)[6:],
+        dtype='int8' if getattr(decoder, 'int8', False) else str(m.dtype)[6:],
         backend=decoder.backend,
         vocabulary=vocabulary)
 

@@ -830,6 +830,11 @@ static void see_text(const Stack *s, const Part *part, const Work *w, int l, con
     look(s, c, w, q, 3*in, part->k, kv, c->room, part->at + 1, 1, h);
 }
 
+/* for tests */
+void recall(const Stack *s, const Part *part, float *work, long slot, const float *q, float *h) {
+    see_text(s, part, &(Work){ .s = work, .slot = slot }, 0, q, h);
+}
+
 /* what they see of the source: from q (k, in) to h (k, in) */
 static void see_source(const Stack *s, const Part *part, const Work *w, int l, const float *q, float *h) {
     const Text *c = part->text;

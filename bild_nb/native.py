@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'KV', 'BAD_TOKEN', 'BAD_DRAFT', 'BAD_SIZE', 'FLAGS', 'SECONDS', 'PANEL', 'LARGE', 'CHUNK', 'TOGETHER',
-           'ROOM', 'LONGEST', 'WHOLE', 'Matrix', 'Layer', 'Stack', 'Text', 'Part', 'Drafting', 'compiler', 'options',
-           'cpu', 'c_code', 'library_key', 'library_name', 'private_folder', 'kept_library', 'call_compiler', 'build',
-           'typed', 'load_library', 'library', 'space', 'panels', 'rounded', 'Weights', 'unusable', 'packing',
+           'ROOM', 'LONGEST', 'WHOLE', 'READ', 'Matrix', 'Layer', 'Stack', 'Text', 'Part', 'Drafting', 'compiler',
+           'options', 'cpu', 'c_code', 'library_key', 'library_name', 'private_folder', 'kept_library', 'call_compiler',
+           'build', 'typed', 'load_library', 'library', 'space', 'panels', 'rounded', 'Weights', 'unusable', 'packing',
            'NativeEngine', 'NativeCache', 'as_ids', 'outside']
 
 # %% ../nbs/11_native.ipynb #ffc9f770
@@ -191,7 +191,7 @@ def typed(lib):
     p, i, n = _pointer, _int, _long
     functions = dict(struct_size=[i], int8_top=[], large_pages=[p, n],
                      multiply=[p, p, i, p, p, p, i],
-                     attention=[i, p, n, i, i, p, n, p, p, p, n, p, i],
+                     recall=[p, p, p, n, p, p], attention=[i, p, n, i, i, p, n, p, p, p, n, p, i],
                      scratch=[p, p, n, n, n, n, i], kv_bytes=[p, n],
                      move_kv=[p, p, n, p, n], read_source=[p, p, p, p, n, p, p],
                      decode=[p, p, n, p, n, n, p],
@@ -382,18 +382,17 @@ class NativeEngine(Model):
                 ):
         why = unusable(model, int8)
         if why: raise ValueError(f'the native engine cannot run this model: {why}')
-        if kv not in KV: raise ValueError(f'kv={kv!r}: give one of {", ".join(KV)}')
         super().__init__(model, tokenizer)
-        self.int8, self.kv, self.lib = int8, kv, library()
-        self.backend = f'native, {"int8" if int8 else "fp32"}'
-        if kv != 'fp32': self.backend += f', keys and values in {kv}'
+        self.int8, self.lib = int8, library()
         self.spare = {}  # memory that finished texts had
-        self.shares = model.num_parameters() > COLD  # whether threads share products
+        self.size = model.num_parameters()
+        self.shares = self.size > COLD  # whether threads share products
         self.settings()
         need = size_gb(model)/(4 if int8 else 1)
         what = 'a copy of the weights in the order of the C code'
         with torch.no_grad(), memory(what, need):
             self._lay_out(packing(model, int8))
+        self.keep_kv(kv)
 
     def made_with(self): return dict(super().made_with(), int8=self.int8, kv=self.kv)
 
@@ -407,12 +406,20 @@ def _lay_out(self: NativeEngine, weights: Weights):
     "The structures of the C code for packed weights, which other engines may use, too"
     self.weights = copy.copy(weights)  # tells this engine's texts from another's
     self.weights.shared, self.width = weights, weights.near.d
-    self.inner = weights.near.heads*weights.near.dk
     self.encoder, self.decoder = map(Stack.from_buffer_copy, (weights.far, weights.near))
-    self.decoder.kv = self.encoder.kv = KV.index(self.kv)
     self.encoder_bias, self.decoder_bias = weights.far_bias, weights.near_bias
     self.words = self.encoder.words
     self.at = ctypes.addressof(self.encoder), ctypes.addressof(self.decoder)
+
+# %% ../nbs/11_native.ipynb #e94a6e8e
+@patch
+def keep_kv(self: NativeEngine, kv: str):
+    "Keep keys and values in `kv`, one of `KV`, in all texts that are opened later"
+    if kv not in KV: raise ValueError(f'kv={kv!r}: give one of {", ".join(KV)}')
+    self.kv = kv
+    self.decoder.kv = self.encoder.kv = KV.index(kv)
+    weights = 'int8' if self.int8 else 'fp32'
+    self.backend = f'native, {weights}' + f', kv {kv}'*(kv != 'fp32')
 
 # %% ../nbs/11_native.ipynb #8491bc98
 ROOM = 256       # tokens of a text that there is memory for before any is read, at most
@@ -549,14 +556,21 @@ def _known(settings: Settings) -> dict: # fields of a `Text`
     return dict(never=never, nevers=nevers, ends=ends, n_ends=n_ends)
 
 # %% ../nbs/11_native.ipynb #eb9a4137
+READ = 2**26  # multiplications that a source takes at least where threads share it
+
+@patch
+def _threads(self: NativeEngine, rows: int) -> int:
+    "How many threads share a pass over `rows` tokens"
+    large = self.shares or rows*self.size >= READ
+    return torch.get_num_threads() if large else 1
+
 @patch
 def _begin(self: NativeEngine, settings: Settings, n: int, mask: Tensor | None) -> Text:
     "A text over a source of `n` tokens, without memory"
     vocab, rows = index(settings.vocab), self.decoder.head.out
     if not 1 <= vocab <= rows:
         raise ValueError(f'{vocab} ids to write, but the output matrix has {rows} rows')
-    threads = torch.get_num_threads() if self.shares else 1
-    text = Text(vocab=vocab, n=n, source=_up(n), threads=threads)
+    text = Text(vocab=vocab, n=n, source=_up(n), threads=self._threads(n))
     text.kept = dict(_known(settings), mask=mask)
     return text
 
@@ -572,7 +586,7 @@ def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=6
     room = min(max(index(room), 1), ROOM)
     text = text.having(**text.kept, **self._memory(text, room, 1))
     self._read(self.at[1], text, ids, encoded)
-    return NativeCache(settings, text, self.weights)
+    return NativeCache(settings, text.having(threads=self._threads(1)), self.weights)
 
 @patch
 def _read(self: NativeEngine, decoder: int, text: Text, ids: Tensor, encoded=None):

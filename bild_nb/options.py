@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN_MEANING', 'app', 'Version', 'Json', 'Debug', 'Verbose', 'PairDir', 'MODEL', 'KINDS', 'Large', 'Small',
-           'TaskLarge', 'TaskSmall', 'Device', 'Threads', 'Dtype', 'Backend', 'ONE', 'MORE', 'OnePolicy', 'Policies',
-           'TASKS', 'FROM', 'SPLIT', 'TaskName', 'Data', 'Split', 'TrainSplit', 'Config', 'SourceColumn',
+           'TaskLarge', 'TaskSmall', 'Device', 'Threads', 'Dtype', 'KeysValues', 'Backend', 'ONE', 'MORE', 'OnePolicy',
+           'Policies', 'TASKS', 'FROM', 'SPLIT', 'TaskName', 'Data', 'Split', 'TrainSplit', 'Config', 'SourceColumn',
            'TargetColumn', 'Limit', 'Metric', 'Splitter', 'Prefix', 'MaxSource', 'MaxTarget', 'Examples', 'Repeats',
            'Out', 'Restart', 'Seed', 'License', 'Processes', 'safe', 'say', 'note', 'answer', 'escape_strange',
            'has_all_letters', 'console', 'reason', 'guarded', 'wrong_use', 'refuse', 'refuse_idle', 'say_version',
@@ -170,6 +170,7 @@ TaskSmall = option(str, 'S', f'small {MODEL}; {KINDS}', "the task's unaligned on
 Device = option(str, 'DEV', 'cpu, cuda, cuda:1', 'a GPU where there is one')
 Threads = option(int, 'N', 'threads of the CPU', 'measured, or as torch chooses', min=1)
 Dtype = option(str, 'T', 'fp32, bf16, fp16 or int8; two as LARGE,SMALL')
+KeysValues = option(str, 'T', 'keys and values: fp32, bf16 or int8 (native only)')
 Backend = option(str, 'B', 'auto, plain (transformers), or for T5 and mT5: engine, '
                  'native (C, on a CPU), graphs (on a GPU)')
 
@@ -212,16 +213,18 @@ def open_pair(
     threads: Threads = None,
     dtype: Dtype = 'fp32',
     backend: Backend = 'auto',
+    kv: KeysValues = 'fp32',
 ): # a `Pair`
     "The pair that the options name, or the shipped one"
     large, small = model_names(pair, large, small)
     kind = read_precision(dtype, backend)
     quiet()
     import torch
-    from bild_nb.pair import load_pair
+    from bild_nb.pair import check_kv, load_pair
+    with wrong_use('--kv'): check_kv(kv)
     if threads: torch.set_num_threads(threads)
     return load_pair(large or 'shipped', small or 'shipped', device, kind, backend,
-                     threads=None if threads else 'auto')
+                     threads=None if threads else 'auto', kv=kv)
 
 # %% ../nbs/87_options.ipynb #b1c0ddbf
 ONE = ('thresholds: fallback (a probability) and rollback (nats); or large, small, '

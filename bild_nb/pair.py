@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'SHIPPED', 'HEAD', 'DTYPES', 'NOWHERE', 'TOKENIZERS', 'Backend', 'fastest', 'decoder_for', 'check_backend',
            'find_model', 'online', 'local_folder', 'read_json', 'shapes', 'check_header', 'misfit', 'dtype_name',
            'pair_dtypes', 'find_device', 'check_loaded', 'load_model', 'whole_model', 'thin_model', 'auto_class',
-           'find_tokenizer', 'Pair', 'pair_policy', 'pair_threads', 'load_pair', 'check_texts']
+           'find_tokenizer', 'Pair', 'pair_policy', 'check_kv', 'pair_threads', 'load_pair', 'check_texts']
 
 # %% ../nbs/06_pair.ipynb #58936530
 import json, re, threading, warnings
@@ -412,6 +412,23 @@ def set_threads(self: Pair,
         return resolve_name('bild_nb.cost:tune_threads')(self.large, self.small)
     self.large.threads, self.small.threads = pair_threads(threads)
 
+@patch
+def keep_kv(self: Pair,
+            kv: str # fp32, bf16, int8; other than fp32 is a choice of `native` only
+           ):
+    "Say in what both models keep the keys and values of texts that are opened later"
+    check_kv(kv)
+    for m in (self.large, self.small):
+        if hasattr(m, 'keep_kv'): m.keep_kv(kv)
+        elif kv != 'fp32':
+            raise ValueError(f'kv={kv!r} needs backend="native" for both models, and '
+                             f'this one runs as: {m.backend}')
+
+def check_kv(kv: str):
+    "A `ValueError` for what keys and values cannot be kept in"
+    if kv not in ('fp32', 'bf16', 'int8'):
+        raise ValueError(f'kv={kv!r}: give fp32, bf16 or int8')
+
 def pair_threads(threads) -> tuple:
     "The two numbers that `threads` names"
     if threads == 'auto': threads = None
@@ -428,12 +445,14 @@ def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
               dtype='fp32',            # fp32, bf16, fp16, int8, torch's own; or a pair
               backend: str = 'auto',   # a name in `BACKENDS`
               threads=None,            # as of `Pair.set_threads`
-              aligned: bool = True     # which `shipped` small one: `aligned` or `small`
+              aligned: bool = True,    # which `shipped` small one: `aligned` or `small`
+              kv: str = 'fp32'         # as of `Pair.keep_kv`
              ) -> Pair:
     "Load a pair, by default the shipped German-English one, and check that it is one"
     if small == 'shipped' and aligned: small = 'shipped/aligned'
     check_backend(backend)
     pair_threads(threads)
+    check_kv(kv)
     dtypes, device = pair_dtypes(dtype), find_device(device)
     places = [find_model(large, 'large'), find_model(small, 'small')]
     models = []
@@ -449,6 +468,7 @@ def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
     for m in models: m.tokenizer = tokenizer  # one object is not compared again
     policy = pair_policy(local_folder(places[1], local=True))
     pair = Pair(*models, tokenizer, policy)
+    pair.keep_kv(kv)
     pair.set_threads(threads)
     return pair
 
