@@ -120,13 +120,13 @@ def t5_family(model # a `T5ForConditionalGeneration` or `MT5ForConditionalGenera
         gated=c.is_gated_act, activation=activation_name(c.dense_act_fn),
         eps=c.layer_norm_epsilon)
 
-# %% ../nbs/10_engine.ipynb #6a779f51
-ACTIVATIONS = dict(relu=F.relu, gelu=F.gelu, silu=F.silu,
-                   gelu_new=partial(F.gelu, approximate='tanh'))
-
 def activation_name(given: str) -> str:
     "A config's activation by one name, in `ACTIVATIONS` if it is there"
     return 'gelu_new' if given == 'gelu_pytorch_tanh' else given
+
+# %% ../nbs/10_engine.ipynb #6a779f51
+ACTIVATIONS = dict(relu=F.relu, gelu=F.gelu, silu=F.silu,
+                   gelu_new=partial(F.gelu, approximate='tanh'))
 
 # %% ../nbs/10_engine.ipynb #70887ef2
 def _other_modules(model) -> str | None:
@@ -431,7 +431,6 @@ class Engine(Model):
     "A T5 or mT5 on static caches and packed weights: a snapshot of `model`"
     snapshot = True
     device = words = None  # known once the weights are laid out
-    why_not, describe = staticmethod(unsupported), staticmethod(t5_family)
     def __init__(self,
                  model,             # a T5 or mT5 of transformers
                  tokenizer=None,    # shows texts in traces
@@ -452,6 +451,11 @@ class Engine(Model):
             self._lay_out(self.describe(model))
 
     def made_with(self): return dict(super().made_with(), int8=self.int8)
+
+    @staticmethod
+    def why_not(model) -> str | None: return unsupported(model)
+    @staticmethod
+    def describe(model) -> Family: return t5_family(model)
 
 # %% ../nbs/10_engine.ipynb #f02b0144
 @patch
