@@ -52,7 +52,8 @@ class Backend:
 BACKENDS = dict(
     auto=None,  # the first of the others that can run a model
     native=Backend('bild_nb.rows:NativeEngine', 'bild_nb.native:unusable', int8=True),
-    engine=Backend('bild_nb.engine:Engine', 'bild_nb.engine:unsupported', int8=True),
+    engine=Backend('bild_nb.causal_engine:engine_for',
+                   'bild_nb.causal_engine:engine_why_not', int8=True),
     graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.engine:unsupported',
                    auto=('cuda',)),
     plain=Backend('bild_nb.causal:plain_model', auto=None))
