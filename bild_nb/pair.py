@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 from .policy import Policy, as_policy, parse_policy
 from .decoder import Model, memory, size_gb
-from .decode import check_pair
-from .trace import BigLittleDecoder, printable
+from .decode import GenerationInterrupted, check_pair
+from .trace import printable
+from .stream import BigLittleDecoder
 
 # %% ../nbs/06_pair.ipynb #ba88fdf2
 @dataclass(frozen=True)
@@ -493,13 +494,37 @@ def translate(self: Pair,
              ) -> list[str]:
     "Translate (or summarize, or whatever the pair was trained for) `texts`"
     if policy is None: policy = self.policy
-    bild, rows = BigLittleDecoder(self.large, self.small, policy), []
-    for i, ids in enumerate(self.encode(texts, max_source)):
-        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False,
-                            seed=seed, row=i)
-        rows.append(out.sequences[0])
+    bild = BigLittleDecoder(self.large, self.small, policy)
+    settings = dict(max_new_tokens=max_new_tokens, trace=False, seed=seed)
+    return self._each(bild, self.encode(texts, max_source), **settings)
+
+# %% ../nbs/06_pair.ipynb #6e66e7de
+@patch
+def _each(self: Pair, bild: BigLittleDecoder, sources: list, **settings) -> list:
+    "What is written for each of some ids"
+    rows, errors = [], {}
+    def texts(): return [self._text(row) for row in rows]
+    def final(ids, out): return out.sequences[0, self.causal*ids.shape[1]:].tolist()
+    for i, ids in enumerate(sources):
+        try: rows.append(final(ids, bild.generate(ids, row=i, **settings)))
+        except FloatingPointError as e:
+            rows.append(final(ids, e.partial))
+            errors[i] = e
+        except (Exception, GenerationInterrupted) as e:
+            if hasattr(e, 'partial'): rows.append(final(ids, e.partial))
+            e.partial = texts()
+            raise
+    if not errors: return texts()
+    names = [f'text {i}: {e}' for i, e in errors.items()]
+    error = FloatingPointError('; '.join(names) if len(rows) > 1 else str(errors[0]))
+    error.partial = texts()
+    raise error
+
+@patch
+def _text(self: Pair, tokens: list, **kwargs) -> str:
+    "The text of some tokens"
     with _tokenizing:
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, **kwargs)
 
 # %% ../nbs/06_pair.ipynb #a7e5f57f
 @patch
@@ -542,9 +567,32 @@ def generate(self: Pair,
     "Continue texts, or answer messages, with a causal pair"
     if isinstance(prompts, str): raise ValueError('give a list of prompts')
     bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
-    made = []
-    for ids in [self.prompt(p) for p in prompts]:
-        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False)
-        made.append(out.sequences[0, ids.shape[1]:])
-    with _tokenizing:
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in made]
+    given = [self.prompt(p) for p in prompts]
+    return self._each(bild, given, max_new_tokens=max_new_tokens, trace=False)
+
+# %% ../nbs/06_pair.ipynb #8a719d24
+@patch
+def stream(self: Pair,
+           text,                      # a source; of a causal pair a prompt or messages
+           policy=None,               # a `Policy` or its text; None: the pair's
+           max_new_tokens: int = 128, # longest output, in tokens
+           seed: int | None = None    # of a policy that draws
+          ): # an iterator of texts
+    "What is written of one text, piece by piece, each as soon as it is final"
+    ids = self.prompt(text) if self.causal else self.encode([text])[0]
+    bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
+    made = bild.stream(ids, max_new_tokens=max_new_tokens, trace=False, seed=seed)
+    return self._pieces(made)
+
+@patch
+def _pieces(self: Pair, tokens):
+    "Texts of tokens, in whole words"
+    def text(): return self._text(seen, clean_up_tokenization_spaces=False)
+    seen, told = [], 0
+    for token in tokens:
+        seen.append(token)
+        now = text()
+        end = now.rfind(' ') + 1 # what comes after may still become another letter
+        if end > told: yield now[told:end]
+        told = max(told, end)
+    if rest := text()[told:]: yield rest
