@@ -548,7 +548,7 @@ def find_draws(policy: Policy, seed: int | None, row: int) -> Draws | None:
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole: raise ValueError(f'{name}={value!r}: give a whole number')
     if row < 0: raise ValueError(f'row={row}: rows are counted from 0')
-    if policy.uses_large and policy.accept.samples:
+    if policy.draws:
         if seed is None: seed = torch.randint(2**63 - 1, (), device='cpu').item()
         return Draws(int(seed), int(row))
     if seed is None: return None

@@ -39,6 +39,7 @@ class Protocol:
     batch: int = 16         # of the models alone, without timing
     predict: bool = True    # measure single passes for the cost model
     splitter: str | None = None # of rougeLsum's sentences: punkt (None) or regex
+    seed: int = 0           # of policies that draw; each example has numbers of its own
 
     def __post_init__(self):
         if self.order not in ('original', 'length'):
@@ -169,13 +170,18 @@ def all_alone(decoders: dict, ids: list, new: int) -> dict: # name to a list, so
     return found
 
 # %% ../nbs/33_evaluate.ipynb #68c1c3dc
-def untimed(decoders: dict, ids: list, new: int): # for each source what `measure` gives
+def untimed(decoders: dict, ids: list, new: int,
+            seed: int = 0, # of policies that draw
+            rows=None      # the number of each source, likewise; None: from 0 on
+           ): # for each source what `measure` gives
     "Every system once: the models alone in one batch, the others source by source"
+    rows = rows or range(len(ids))
     batched = all_alone(decoders, ids, new)
     for i, x in enumerate(ids):
         known = {name: rows[i] for name, rows in batched.items() if rows[i]}
         rest = {name: d for name, d in decoders.items() if name not in known}
-        found = (measure(rest, x, new) if rest else {}) | known
+        drawn = dict(seed=seed, row=rows[i])
+        found = (measure(rest, x, new, **drawn) if rest else {}) | known
         yield {name: dict(found[name], ms=[]) for name in decoders}
 
 # %% ../nbs/33_evaluate.ipynb #a54e6cc2
@@ -206,6 +212,8 @@ def settings(self: Job, todo: dict) -> dict: # `Policy` by name
     "All that the records depend on"
     large, small = self.pair.large, self.pair.small
     vocabulary = check_pair(large, small).vocab
+    protocol = asdict(replace(self.protocol, splitter=self.metric.splitter))
+    if not any(p.draws for p in todo.values()): del protocol['seed']  # says nothing
     return dict(
         task=asdict(self.task),
         kind=self.kind,
@@ -214,7 +222,7 @@ def settings(self: Job, todo: dict) -> dict: # `Policy` by name
         policies=list(todo),
         keys={name: policy.key for name, policy in todo.items()},
         metric=self.metric.signature,
-        protocol=asdict(replace(self.protocol, splitter=self.metric.splitter)),
+        protocol=protocol,
         large=describe(large, self.names[0], vocabulary),
         small=describe(small, self.names[1], vocabulary),
         tokenizer=tokenizer_digest(self.pair.tokenizer))
@@ -267,10 +275,12 @@ def texts(self: Job, decoders: dict, mine: list):
     if not p.timing:
         for at in range(0, len(mine), p.batch):
             part = mine[at:at + p.batch]
-            yield from zip(part, untimed(decoders, [ids[i] for i in part], new))
+            some = [ids[i] for i in part]
+            yield from zip(part, untimed(decoders, some, new, p.seed, part))
         return
     for i in mine[:p.warmup]: measure(decoders, ids[i], new)
-    for i in mine: yield i, measure(decoders, ids[i], new, p.repeats, first=i)
+    for i in mine:
+        yield i, measure(decoders, ids[i], new, p.repeats, i, p.seed, row=i)
 
 # %% ../nbs/33_evaluate.ipynb #650313a0
 @patch

@@ -87,6 +87,6 @@ def watch(self: Stream):
     shown, turns = display(seen(), display_id=True), -1
     for _ in self:
         now = sum(len(t.events) for t in self.trace)
-        if now > turns: shown.update(seen())
+        if shown and now > turns: shown.update(seen()) # there is none without Jupyter
         turns = now
     return self.output()
