@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_policy"],
             "decoder": ["Decoder"],
             "early": ["early_exit"],
-            "trace": ["BigLittleDecoder"],  # the one of `decode`, with pictures attached
+            "stream": ["BigLittleDecoder"],  # the one of `decode`, with pictures and streams attached
             "accept": ["Relative", "Ensemble", "Budget", "Rejection"],
             "pair": ["load_pair", "Pair"],
             "objectives": ["agreement"],

@@ -111,14 +111,15 @@ def forward(self: Causal, cache: CausalCache, tokens, at, last=None) -> Tensor:
 # %% ../nbs/01b_causal.ipynb #28bbac77
 def unpad(ids: Tensor,               # (rows, length) int64, on the host
           mask: Tensor | None,       # (rows, length) of 0 and 1
-          settings: Settings
+          settings: Settings,
+          first: int = 0              # the number of the first row, for errors
          ) -> list:                  # of lists of token ids
     "The prompts without their padding; a `ValueError` that names a row without an end"
     if mask is None:
         pad = None if settings.pad in settings.eos else settings.pad
         mask = ids != pad if pad is not None else torch.ones_like(ids)
     rows = []
-    for i, (row, on) in enumerate(zip(ids, mask != 0)):
+    for i, (row, on) in enumerate(zip(ids, mask != 0), first):
         if not on.any(): raise ValueError(f'row {i} is padding alone: give it a prompt')
         if not on[-1]:
             raise ValueError(f'row {i} ends with padding: a prompt is continued at its '

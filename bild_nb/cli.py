@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLES', 'LEGEND', 'EMPTY', 'TextArg', 'File', 'ShowTrace', 'A_FILE', 'WINDOW', 'RECORDED', 'SummaryTask', 'Chat',
            'System', 'DemoDtype', 'DemoPolicies', 'Shape', 'BenchLarge', 'BenchSmall', 'ORDER', 'writers', 'styled',
-           'trace_text', 'print_trace', 'decoded_lines', 'read_input', 'check_text', 'encode', 'written',
+           'trace_text', 'print_trace', 'decoded_lines', 'read_input', 'check_text', 'encode', 'written', 'whole',
            'translations', 'as_record', 'turns', 'counted', 'translate', 'show', 'summarize', 'generate', 'messages',
            'continued', 'demo_pairs', 'demo', 'bench', 'installed', 'findings', 'doctor', 'main']
 
@@ -120,15 +120,25 @@ def encode(pair, chunk: list) -> list: # of ids
 # %% ../nbs/90_cli.ipynb #5e93561b
 WINDOW = 128  # lines of a file that are sorted by length, and come out together
 
-def written(bild, ids: list, new: int, trace: bool): # an iterator of `Output`s
-    "What is written for each source, in order"
+def written(bild, ids: list, new: int, trace: bool): # an iterator of pairs
+    "The `Output` of each source in order, and None; Ctrl-C with one that is not whole"
+    from bild_nb.decode import GenerationInterrupted
     for at in range(0, len(ids), WINDOW):
-        found = dict(bild.each(ids[at:at + WINDOW], new, trace))
-        for i in range(len(found)):
+        part, found, broke = ids[at:at + WINDOW], {}, None
+        try:
+            for i, out in bild.each(part, new, trace): found[i] = out
+        except GenerationInterrupted as e: found, broke = found | e.partial, e
+        for i in range(len(part)):
+            if i not in found: raise broke
             if isinstance(found[i], FloatingPointError): raise found[i]
-            yield found[i]
+            yield found[i], None if whole(bild, found[i], new) else broke
 
-# %% ../nbs/90_cli.ipynb #8a5b56c9
+def whole(bild, out, new: int) -> bool:
+    "Whether a text has come to its end"
+    n, last = out.trace[0].new_tokens, out.sequences[0, -1].item()
+    return n == new or n and last in bild.large.settings().eos
+
+# %% ../nbs/90_cli.ipynb #cb30c02e
 def translations(pair, policy, chunks, new: int = 128, trace: bool = False):
     "(source, translation, `Trace`) of each line at once; of an empty one '' and None"
     from bild_nb.decode import BigLittleDecoder
@@ -142,11 +152,14 @@ def translations(pair, policy, chunks, new: int = 128, trace: bool = False):
                 empty += 1
                 yield text, '', None
                 continue
-            out = next(made)
+            out, broke = next(made)
             tokens = out.sequences[0]
             stopped += tokens[-1].item() not in pair.large.settings().eos
             result = pair.tokenizer.decode(tokens, skip_special_tokens=True)
-            yield text, result, out.trace[0]
+            if result or not broke: yield text, result, out.trace[0]
+            if broke:
+                if result: note('Ctrl-C: the last text is not whole')
+                raise broke
     if not lines: note('the input is empty: there is no line to translate')
     if empty: note(f'{empty} of {lines} lines are empty and were left so')
     if stopped: note(f'{stopped} of {lines - empty} translations were stopped after '
@@ -274,10 +287,11 @@ def generate(
     given = '\n'.join(line for chunk in read_input(text, file) for _, line in chunk)
     if not given.strip(): raise ValueError(EMPTY)
     pair = open_pair(**kwargs)
-    written, trace = continued(pair, rule, messages(given, system) if chat else given,
-                               max_new_tokens, show_trace)
-    typer.echo(as_record(given, trace, text=written) if as_json else safe(written))
+    prompt = messages(given, system) if chat else given
+    text, trace, broke = continued(pair, rule, prompt, max_new_tokens, show_trace)
+    if text or not broke: say(as_record(given, trace, text=text) if as_json else safe(text))
     if show_trace: print_trace(trace, pair.tokenizer)
+    if broke: raise broke
 
 # %% ../nbs/90_cli.ipynb #20ca7741
 def messages(text: str, system: str | None) -> list:
@@ -285,16 +299,17 @@ def messages(text: str, system: str | None) -> list:
     before = [dict(role='system', content=system)] if system else []
     return [*before, dict(role='user', content=text)]
 
-def continued(pair, policy, prompt, new: int, trace: bool) -> tuple: # text, `Trace`
-    "What a causal pair writes behind a prompt; a note if it was stopped"
+def continued(pair, policy, prompt, new: int, trace: bool) -> tuple:
+    "What a causal pair writes behind a prompt, its `Trace`, and Ctrl-C or None"
     from bild_nb.decode import BigLittleDecoder
     ids = pair.prompt(prompt)
     bild = BigLittleDecoder(pair.large, pair.small, policy or pair.policy)
-    out = bild.generate(ids, max_new_tokens=new, trace=trace)
-    tokens = out.sequences[0, ids.shape[1]:]
-    if tokens[-1].item() not in pair.large.settings().eos:
+    (out, broke), = written(bild, [ids], new, trace)
+    tokens = out.sequences[0, ids.shape[1]:].tolist()
+    if broke and tokens: note('Ctrl-C: the last text is not whole')
+    if not broke and tokens[-1] not in pair.large.settings().eos:
         note(f'the text was stopped after {len(tokens)} tokens (--max-new-tokens)')
-    return pair.tokenizer.decode(tokens, skip_special_tokens=True), out.trace[0]
+    return pair.tokenizer.decode(tokens, skip_special_tokens=True), out.trace[0], broke
 
 # %% ../nbs/90_cli.ipynb #2a2b299c
 def demo_pairs(**kwargs) -> dict: # of `open_pair`

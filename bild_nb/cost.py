@@ -182,11 +182,14 @@ def measure(decoders: dict,   # name to `BigLittleDecoder`, all on one device
             ids: Tensor,      # (1, source length) int64
             new: int,         # most new tokens
             repeats: int = 1,
-            first: int = 0    # who begins, counted round
+            first: int = 0,   # who begins, counted round
+            seed: int = 0,    # of policies that draw
+            row: int = 0      # likewise
            ) -> dict:         # name to what `summed_up` gives
     "Every system `repeats` times on one text, in turns"
     def attempt(decoder):
-        try: return decoder.generate(ids, max_new_tokens=new, trace=False)
+        draws = dict(seed=seed, row=row) if decoder.policy.draws else {}
+        try: return decoder.generate(ids, max_new_tokens=new, trace=False, **draws)
         except FloatingPointError as e: return e
     runs = {name: partial(attempt, decoder) for name, decoder in decoders.items()}
     device = next((d.large.device for d in decoders.values()), None)

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TOGETHER', 'Turn', 'Trace', 'Output', 'check_tokenizers', 'check_pair', 'check_kinds', 'common',
-           'BigLittleDecoder', 'Run', 'check_numbers', 'commit', 'unverified', 'check_ids', 'check_mask', 'strip',
-           'cut', 'length_limit', 'find_draws', 'check_prompt']
+           'BigLittleDecoder', 'Run', 'check_numbers', 'commit', 'unverified', 'sound', 'Batch',
+           'GenerationInterrupted', 'telling', 'refuse', 'counted', 'check_ids', 'check_mask', 'strip', 'cut',
+           'length_limit', 'find_draws', 'check_prompt']
 
 # %% ../nbs/02_decode.ipynb #def45e13
 import time, warnings
+from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 import torch
@@ -16,7 +19,8 @@ from torch import Tensor
 from fastcore.basics import patch
 from .policy import Draft, Draws, ENDS, Policy, as_policy
 from .decoder import Cache, Model, Settings
-from .decoder import drafted, evaluating, same_threads, transfer, use_threads
+from .decoder import drafted, evaluating, no_memory, same_threads, transfer
+from .decoder import use_threads
 from .causal import joined, plain_model, unpad
 from .shared import reads
 from .together import wasted_rows
@@ -87,6 +91,7 @@ class Output:
                        # start token or its prompt; on the models' device
     trace: list        # a `Trace` for each row
     wasted_rows: int = 0  # rows of passes that only rode along, of both models
+    errors: dict = field(default_factory=dict)  # by row; only of a `partial` one
 
 # %% ../nbs/02_decode.ipynb #a03bf171
 SPECIAL = 'eos_token', 'pad_token', 'unk_token'
@@ -177,7 +182,8 @@ class Run:
     farthest: float | None = None  # of the policy; None: the rule is asked
     draws: Draws | None = None     # None: nothing is drawn
     name: str = ''                 # for errors: which row it is, if there are several
-    wasted: int = 0                # `wasted_rows` of its batch, noted at its first text
+    source: tuple = ()             # ids and mask that an encoder reads
+    error: Exception | None = None # what keeps it from being written
 
     @property
     def done(self) -> bool:
@@ -231,9 +237,9 @@ def _drafted(self: BigLittleDecoder, run: Run,
 
 # %% ../nbs/02_decode.ipynb #5f8307ce
 def check_numbers(which: str, confidence: list, run: Run):
-    "NaN is unequal to itself: such logits end in a `FloatingPointError`"
+    "NaN is unequal to itself: such logits end a text with a `FloatingPointError`"
     if any(p != p for p in confidence):
-        raise FloatingPointError(f'{run.name}the {which} model gave NaN logits')
+        run.error = FloatingPointError(f'{run.name}the {which} model gave NaN logits')
 
 @patch
 def _row(self: BigLittleDecoder, tokens: list) -> Tensor: # (1, k)
@@ -289,11 +295,13 @@ def _turns(self: BigLittleDecoder, run: Run):
     while True:
         asked = policy.uses_small and not rest
         draft, turn = self._draft(run) if asked else (None, Turn())       # 1. draft
+        if run.error: return
         if not policy.uses_large or turn.done and 'unverified_tail' in quirks:
             yield unverified(run, turn)
             return
         seen = run.large_at
         token = self._verify(run, draft, turn)                            # 2. verify
+        if run.error: return
         commit(run, turn, token)                                          # 3. and 4.
         if turn.rollback and 'forget_rollback' in quirks: run.large_at = seen
         yield turn
@@ -326,13 +334,21 @@ def _turns_together(self: BigLittleDecoder, runs: list):
     while runs:
         alone = not self.policy.uses_small
         turns = [Turn() for _ in runs] if alone else self._draft_rows(runs)
+        runs, turns = sound(runs, turns)
+        if not runs: return
         if not self.policy.uses_large:
             yield from zip(runs, map(unverified, runs, turns))
             return
         tokens = self._verify_rows(runs, turns)
+        runs, turns, tokens = sound(runs, turns, tokens)
         for row in zip(runs, turns, tokens): commit(*row)
         yield from zip(runs, turns)
         runs = [run for run in runs if not run.done]
+
+def sound(runs: list, *rows) -> list:
+    "`runs`, and what there is for each, without those that an error has ended"
+    kept = [i for i, run in enumerate(runs) if not run.error]
+    return [[x[i] for i in kept] for x in (runs, *rows)]
 
 # %% ../nbs/02_decode.ipynb #c32b2364
 @patch
@@ -374,22 +390,89 @@ def _joins(self: BigLittleDecoder) -> bool:
     return not judged and not (policy.uses_small and 'small' in policy.accept.needs)
 
 # %% ../nbs/02_decode.ipynb #cc128949
+@dataclass
+class Batch:
+    "Texts while they are written"
+    ids: Tensor    # (rows, length) what they begin with
+    runs: list     # a `Run` for each
+    keep: bool     # every turn
+    device: object # of the sequences
+    started: float = field(default_factory=time.perf_counter)
+    wasted: int = 0 # `wasted_rows` of the output
+    def __post_init__(self): self.begun = [len(run.tokens) for run in self.runs]
+    @property
+    def errors(self) -> dict: return {i: r.error for i, r in enumerate(self.runs) if r.error}
+    def output(self) -> Output:
+        "What is final now"
+        new = [run.tokens[n:] for run, n in zip(self.runs, self.begun)]
+        sequences = joined(self.ids, new, self.runs[0].settings.pad or 0)
+        traces = [r.trace for r in self.runs]
+        return Output(sequences.to(self.device), traces, self.wasted, self.errors)
+
+# %% ../nbs/02_decode.ipynb #9eeaddaf
 @patch
-def _write(self: BigLittleDecoder, runs: list, sources: list, keep: bool, started):
-    "Write the texts, those together that can be; `keep` every turn"
+def _write(self: BigLittleDecoder, batch: Batch):
+    "Write the texts, those together that can be; yields each `Run` with its `Turn`"
+    (runs,) = sound(batch.runs)
     size = TOGETHER if len(runs) > 1 and self._joins() else 1
     for i in range(0, len(runs), size):
         part = runs[i:i + size]
-        for run, source in zip(part, sources[i:]):
-            self._open(run, *source)
-            run.trace.encoder_ms = (time.perf_counter() - started)*1e3
-        lone = ((part[0], turn) for turn in self._turns(part[0]))
-        for run, turn in self._turns_together(part) if len(part) > 1 else lone:
-            run.trace.add(turn, keep)
-            run.trace.ms = (time.perf_counter() - started)*1e3
-        part[0].wasted = wasted_rows([c for run in part for c in (run.large, run.small)])
-        for run in part: run.large = run.small = None  # their memory is free
-        started = time.perf_counter()
+        try:
+            with counted(part): yield from self._write_part(batch, part)
+            caches = [c for run in part for c in (run.large, run.small)]
+            batch.wasted += wasted_rows(caches)
+        finally:
+            for run in part: run.large = run.small = None  # their memory is free
+        batch.started = time.perf_counter()
+    refuse(batch.errors)
+
+@patch
+def _write_part(self: BigLittleDecoder, batch: Batch, part: list):
+    "Write some texts; yields as `_write`"
+    for run in part:
+        self._open(run, *run.source)
+        run.trace.encoder_ms = (time.perf_counter() - batch.started)*1e3
+    lone = ((part[0], turn) for turn in self._turns(part[0]))
+    for run, turn in self._turns_together(part) if len(part) > 1 else lone:
+        run.trace.add(turn, batch.keep)
+        run.trace.ms = (time.perf_counter() - batch.started)*1e3
+        yield run, turn
+
+# %% ../nbs/02_decode.ipynb #b4e77a58
+class GenerationInterrupted(KeyboardInterrupt):
+    "Ctrl-C while texts were written; `partial` is the `Output` of what was final"
+    partial = None
+
+@contextmanager
+def telling(batch: Batch):
+    "Let an error take along what is final"
+    try: yield
+    except KeyboardInterrupt as e:
+        stopped = GenerationInterrupted(*e.args)
+        stopped.partial = batch.output()
+        raise stopped from None
+    except Exception as e:
+        e.partial = batch.output()
+        raise
+
+def refuse(errors: dict):
+    "Raise the first of some rows' errors, which then names all of them"
+    if not errors: return
+    first, *_ = errors.values()
+    raise type(first)('; '.join(map(str, errors.values())))
+
+# %% ../nbs/02_decode.ipynb #6392cdd4
+@contextmanager
+def counted(part: list):
+    "Let an error for want of memory say how many texts would fit"
+    try: yield
+    except Exception as e:
+        if len(part) == 1 or not no_memory(e): raise
+        held = sum(not (run.large is run.small is None) for run in part)
+        fits = max(1, held*3//4)
+        raise ValueError(f'out of memory: {len(part)} texts are written at once, and '
+                         f'there is room for about {fits}: give at most so many rows, '
+                         f'or shorter texts ({e})') from e
 
 # %% ../nbs/02_decode.ipynb #db8534ac
 def check_ids(ids, words: int):
@@ -445,7 +528,8 @@ def cut(ids, mask, settings: Settings, ends: set):
 # %% ../nbs/02_decode.ipynb #c861816e
 def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
                  prompt: int = 0,  # tokens of a prompt
-                 padding: int = 0  # before it, which lengths count, too
+                 padding: int = 0, # before it, which lengths count, too
+                 name: str = ''    # for errors
                 ) -> int:
     "The longest sequence, start tokens or prompt included"
     start = prompt or len(settings.start)
@@ -462,7 +546,7 @@ def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
     if limit <= start:
         given, more = given or dict(max_length=settings.limit), ''
         if prompt: more = f' behind a prompt of {prompt + padding} tokens'
-        raise ValueError(f'{given}: at least one new token must fit{more}')
+        raise ValueError(f'{name}{given}: at least one new token must fit{more}')
     most = settings.positions or limit
     if limit > most and given:
         warnings.warn(f'this pair has {most} positions: no text gets longer')
@@ -475,7 +559,7 @@ def find_draws(policy: Policy, seed: int | None, row: int) -> Draws | None:
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole: raise ValueError(f'{name}={value!r}: give a whole number')
     if row < 0: raise ValueError(f'row={row}: rows are counted from 0')
-    if policy.uses_large and policy.accept.samples:
+    if policy.draws:
         if seed is None: seed = torch.randint(2**63 - 1, (), device='cpu').item()
         return Draws(int(seed), int(row))
     if seed is None: return None
@@ -493,40 +577,50 @@ def generate(self: BigLittleDecoder,
              row: int = 0,        # the number of the first row: each draws its own
              **unknown            # refused by name
             ) -> Output:
-    "Write a text for each row; a `FloatingPointError` for NaN logits"
+    "Write a text for each row; errors have a `partial` output, see above"
     if unknown:
         raise TypeError(f'generate does not know {", ".join(unknown)}: '
                         'it follows its policy, with max_new_tokens or max_length')
-    started, models = time.perf_counter(), self._asked()
-    settings, lengths = self._settings(), (max_new_tokens, max_length)
-    input_ids, attention_mask = transfer(input_ids, attention_mask)
-    check_ids(input_ids, min(m.words for m in models.values()))
-    check_mask(attention_mask, input_ids)
+    lengths = max_new_tokens, max_length
+    batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row)
+    with self._running(batch): deque(self._write(batch), 0)
+    return batch.output()
+
+# %% ../nbs/02_decode.ipynb #60ca46f6
+@patch
+def _batch(self: BigLittleDecoder, ids, mask, lengths, keep, seed, row) -> Batch:
+    "The texts that are meant; errors for what is wrong with all of them"
+    settings, models = self._settings(), self._asked().values()
+    ids, mask = transfer(ids, mask)
+    check_ids(ids, min(m.words for m in models))
+    check_mask(mask, ids)
     begin = self._prompts if settings.causal else self._sources
-    ids, runs, sources = begin(settings, input_ids, attention_mask, lengths)
-    for i, run in enumerate(runs): run.draws = find_draws(self.policy, seed, row + i)
-    modules = [m.model for m in models.values() if not m.snapshot]
-    begun = [len(run.tokens) for run in runs]
-    with evaluating(*modules), same_threads():
-        self._write(runs, sources, trace, started)
-    new = [run.tokens[n:] for run, n in zip(runs, begun)]
-    sequences = joined(ids, new, settings.pad).to(self.large.device)
-    wasted = sum(run.wasted for run in runs)
-    return Output(sequences, [run.trace for run in runs], wasted)
+    batch = Batch(*begin(settings, ids, mask, lengths), keep, self.large.device)
+    for i, run in enumerate(batch.runs): run.draws = find_draws(self.policy, seed, row + i)
+    if len(batch.errors) == len(ids): refuse(batch.errors)
+    return batch
+
+@patch
+@contextmanager
+def _running(self: BigLittleDecoder, batch: Batch):
+    "Around passes: models in eval mode, torch's threads kept, errors told"
+    modules = [m.model for m in self._asked().values() if not m.snapshot]
+    with telling(batch), evaluating(*modules), same_threads(): yield
 
 # %% ../nbs/02_decode.ipynb #ec19dd64
 @patch
 def _sources(self: BigLittleDecoder, settings, ids, mask, lengths) -> tuple:
-    "What each text begins with, a `Run` for each, their sources with masks"
-    pad, limit, runs, sources = settings.pad, length_limit(settings, *lengths), [], []
+    "What each text begins with, and a `Run` for each"
+    pad, limit, runs = settings.pad, length_limit(settings, *lengths), []
     if mask is None and pad is not None and pad not in settings.eos:
         mask = (ids != pad).long()
     for i, row in enumerate(ids):
-        runs.append(self._begin(settings, settings.start, limit, i, len(ids)))
+        run = self._begin(settings, settings.start, limit, i, len(ids))
         on = None if mask is None else mask[i:i + 1]
-        sources.append(strip(row[None], on, runs[-1].name))
-    start = torch.tensor([settings.start]*len(ids), device='cpu')
-    return start, runs, sources
+        try: run.source = strip(row[None], on, run.name)
+        except ValueError as e: run.error = e
+        runs.append(run)
+    return torch.tensor([settings.start]*len(ids), device='cpu'), runs
 
 @patch
 def _begin(self: BigLittleDecoder, settings, tokens, limit, i: int, rows: int) -> Run:
@@ -538,12 +632,18 @@ def _begin(self: BigLittleDecoder, settings, tokens, limit, i: int, rows: int) -
 @patch
 def _prompts(self: BigLittleDecoder, settings, ids, mask, lengths) -> tuple:
     "What each text begins with, a `Run` for each; there are no sources"
-    rows, runs, width = unpad(ids, mask, settings), [], ids.shape[1]
-    for i, prompt in enumerate(rows):
-        check_prompt(i, prompt, settings.positions)
-        limit = length_limit(settings, *lengths, len(prompt), width - len(prompt))
-        runs.append(self._begin(settings, prompt, limit, i, len(rows)))
-    return ids, runs, [()]*len(runs)
+    runs, width = [], ids.shape[1]
+    for i in range(len(ids)):
+        run = self._begin(settings, (), 0, i, len(ids))
+        try:
+            on = None if mask is None else mask[i:i + 1]
+            run.tokens, = unpad(ids[i:i + 1], on, settings, i)
+            n = len(run.tokens)
+            check_prompt(i, run.tokens, settings.positions)
+            run.limit = length_limit(settings, *lengths, n, width - n, run.name)
+        except ValueError as e: run.error = e
+        runs.append(run)
+    return ids, runs
 
 # %% ../nbs/02_decode.ipynb #e38cb0f2
 def check_prompt(i: int, prompt: list, positions: int | None):

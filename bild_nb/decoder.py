@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLLOWED', 'NO_EFFECT', 'SAMPLING', 'BEAMS', 'NEUTRAL', 'PROBED', 'special', 'Settings', 'unfollowed', 'Cache',
            'Model', 'transfer', 'on_host', 'drafted', 'rollback_cache', 'PlainCache', 'Decoder', 'refuse_others',
-           'check_position', 'probe', 'evaluating', 'use_threads', 'same_threads', 'size_gb', 'memory']
+           'check_position', 'probe', 'evaluating', 'use_threads', 'same_threads', 'size_gb', 'no_memory', 'memory']
 
 # %% ../nbs/01_decoder.ipynb #c6799428
 import copy, inspect, threading, warnings
@@ -503,6 +503,11 @@ def size_gb(model) -> float:
     "Memory of a model's weights, GB (1e9 bytes)"
     return sum(p.numel()*p.element_size() for p in model.parameters())/1e9
 
+def no_memory(e: BaseException) -> bool:
+    "Whether an error says that memory is full"
+    full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+    return full or "can't allocate memory" in str(e) or str(e).startswith('out of memory')
+
 @contextmanager
 def memory(what: str,  # is made or moved inside
            need: float # GB
@@ -510,7 +515,6 @@ def memory(what: str,  # is made or moved inside
     "Turn torch's out-of-memory errors into a `ValueError` that says what is needed"
     try: yield
     except (RuntimeError, MemoryError) as e:
-        full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not full and "can't allocate memory" not in str(e): raise
+        if not no_memory(e): raise
         raise ValueError(f'out of memory: {what} needs about {need:.1f} GB. Free some, '
                          'choose a smaller dtype (bf16, int8) or model') from e

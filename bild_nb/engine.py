@@ -23,6 +23,8 @@ from .decode import check_ids, check_mask
 from .decoder import Cache, Model, check_position, drafted
 from .decoder import memory, on_host, size_gb, transfer
 from .policy import Draft, Scores, score
+from .shared import SharedEncoder, borrows
+from .stored import values
 
 # %% ../nbs/10_engine.ipynb #0af5551c
 @dataclass
@@ -54,7 +56,7 @@ class Block:
 @dataclass
 class Stack:
     "An encoder or a decoder"
-    blocks: list
+    blocks: object    # a sequence of `Block`
     norm: Tensor      # (d_model), after the last block
     embedding: Tensor # (vocabulary, d_model)
     bias: torch.nn.Module | None # with the `relative_attention_bias`; None: rotary
@@ -63,7 +65,7 @@ class Stack:
 @dataclass
 class Family:
     "A model by the roles of its weights"
-    encoder: Stack | None # None: a model that continues its prompt
+    encoder: Stack | None # None: it continues its prompt, or reads another's output
     decoder: Stack
     head: Tensor      # (vocabulary, d_model), the output matrix
     scale: float      # of the decoder's last hidden state
@@ -83,7 +85,7 @@ class Family:
 def _attention(layer, module) -> Attention:
     "The weights of `module`, an attention, and of the norm of the `layer` around it"
     modules = layer.layer_norm, module.q, module.k, module.v, module.o
-    return Attention(*(m.weight.detach() for m in modules))
+    return Attention(*(values(m.weight) for m in modules))
 
 def _block(block) -> Block:
     "The weights of a block"
@@ -92,29 +94,41 @@ def _block(block) -> Block:
     if block.is_decoder:
         cross = _attention(block.layer[1], block.layer[1].EncDecAttention)
     wi = [dense.wi_0, dense.wi_1] if hasattr(dense, 'wi_0') else [dense.wi]
-    feed = Feed(norm=last.layer_norm.weight.detach(),
-                wi=[m.weight.detach() for m in wi],
-                wo=dense.wo.weight.detach())
+    feed = Feed(norm=values(last.layer_norm.weight),
+                wi=[values(m.weight) for m in wi],
+                wo=values(dense.wo.weight))
     return Block(_attention(first, first.SelfAttention), cross, feed)
 
-def _stack(stack) -> Stack:
+@dataclass
+class Blocks:
+    "The blocks of a stack, each made when it is looked at: one at a time is in memory"
+    modules: torch.nn.ModuleList
+    def __len__(self): return len(self.modules)
+    def __getitem__(self, i) -> Block: return _block(self.modules[i])
+
+def _stack(stack, tables: dict) -> Stack:
     "The weights of an encoder or a decoder"
-    return Stack(blocks=[_block(b) for b in stack.block],
-                 norm=stack.final_layer_norm.weight.detach(),
-                 embedding=stack.embed_tokens.weight.detach(),
+    return Stack(blocks=Blocks(stack.block),
+                 norm=values(stack.final_layer_norm.weight),
+                 embedding=tables[id(stack.embed_tokens.weight)],
                  bias=stack.block[0].layer[0].SelfAttention,
                  causal=stack.is_decoder)
 
 # %% ../nbs/10_engine.ipynb #10cbf273
 def t5_family(model # a `T5ForConditionalGeneration` or `MT5ForConditionalGeneration`
              ) -> Family:
-    "The description of `model`; its tensors are the model's own"
+    "The description of `model`; its tensors are the model's own, or of its files"
     c = model.config
     scaled = type(model) is T5ForConditionalGeneration and c.scale_decoder_outputs
+    stacks = [model.decoder] if borrows(model) else [model.decoder, model.encoder]
+    tables = [model.lm_head, *[stack.embed_tokens for stack in stacks]]
+    tables = {id(m.weight): m.weight for m in tables}
+    tables = {key: values(weight) for key, weight in tables.items()}
+    decoder, *encoder = [_stack(stack, tables) for stack in stacks]
     return Family(
-        encoder=_stack(model.encoder),
-        decoder=_stack(model.decoder),
-        head=model.lm_head.weight.detach(),
+        encoder=encoder[0] if encoder else None,
+        decoder=decoder,
+        head=tables[id(model.lm_head.weight)],
         scale=c.d_model**-.5 if scaled else 1.,
         heads=c.num_heads, d_kv=c.d_kv, d_model=c.d_model, d_ff=c.d_ff,
         gated=c.is_gated_act, activation=activation_name(c.dense_act_fn),
@@ -140,7 +154,8 @@ def other_modules(model, activation: str) -> str | None:
     if activation_name(activation) not in ACTIVATIONS:
         return f'its activation {activation} is not one of {", ".join(ACTIVATIONS)}'
     nn = torch.nn
-    plain = nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[activation])
+    plain = (nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList,
+             type(ACT2FN[activation]), SharedEncoder)
     for m in model.modules():
         if type(m) not in plain and type(m).__module__ != type(model).__module__:
             return f'it has modules of another kind ({type(m).__name__})'
@@ -150,7 +165,8 @@ COLLECTS = 'transformers.utils.output_capturing'
 
 def other_code(model) -> str | None:
     "Code that was put around a module"
-    own = type(model).__module__, 'torch.nn.modules.', 'transformers.activations'
+    own = (type(model).__module__, 'torch.nn.modules.', 'transformers.activations',
+           SharedEncoder.__module__)
     everywhere = nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks
     for name, m in model.named_modules():
         for hooks in (*everywhere, m._forward_hooks, m._forward_pre_hooks):
@@ -197,7 +213,8 @@ SHAPES = {'q k v': 'inner d_model', 'o': 'd_model inner',
           'wi wi_0 wi_1': 'd_ff d_model', 'wo': 'd_model d_ff',
           'layer_norm final_layer_norm': 'd_model',
           'relative_attention_bias': 'buckets heads',
-          'shared embed_tokens lm_head': 'vocab d_model'}
+          'shared embed_tokens lm_head': 'vocab d_model',
+          'projection': 'd_model wide'}
 SHAPES = {role: shape.split() for roles, shape in SHAPES.items()
           for role in roles.split()}
 
@@ -206,6 +223,7 @@ def _other_shapes(model) -> str | None:
     c = model.config
     size = dict(inner=c.num_heads*c.d_kv, d_model=c.d_model, d_ff=c.d_ff,
                 vocab=c.vocab_size, heads=c.num_heads,
+                wide=model.encoder.config.d_model,
                 buckets=c.relative_attention_num_buckets)
     for name, m in model.named_modules():
         if not hasattr(m, 'weight'): continue
@@ -219,6 +237,7 @@ def _other_numbers(model) -> str | None:
     "Modules that are not what the config says"
     c = model.config
     for which, n in (('encoder', c.num_layers), ('decoder', c.num_decoder_layers)):
+        if which == 'encoder' and borrows(model): continue
         layers = len(getattr(model, which).block)
         if layers != n: return f'its {which} has {layers} layers, its config says {n}'
     own = dict(n_heads=c.num_heads, key_value_proj_dim=c.d_kv,
@@ -308,8 +327,8 @@ class Positions:
                 ):
         a = stack.bias
         self.causal, self.dtype = stack.causal, dtype
-        weight = a.relative_attention_bias.weight
-        self.table = weight.detach().clone()  # (buckets, heads)
+        weight = values(a.relative_attention_bias.weight)
+        self.table = weight.clone()  # (buckets, heads)
         self.bucket = partial(a._relative_position_bucket,
                               bidirectional=not stack.causal,
                               num_buckets=len(self.table),
@@ -452,6 +471,10 @@ class Engine(Model):
 
     def made_with(self): return dict(super().made_with(), int8=self.int8)
 
+    def held(self): # of torch's packed matrices there is no size: this is one of each
+        copies = int(1e9*size_gb(self._model)/(4 if self.int8 else 1))
+        return super().held() | {id(self): copies}
+
     @staticmethod
     def why_not(model) -> str | None: return unsupported(model)
     @staticmethod
@@ -464,13 +487,15 @@ def _lay_out(self: Engine, family: Family):
     over_source, steps = self._products(family)
     encoder, decoder, eps = family.encoder, family.decoder, family.eps
     self.heads, self.d_kv, self.dtype = family.heads, family.d_kv, family.head.dtype
-    self.source_embedding, self.embedding = encoder.embedding, decoder.embedding
+    self.embedding = decoder.embedding
     self.device, self.words = family.head.device, decoder.embedding.shape[0]
-    self.encoder = [Layer(b, family, over_source) for b in encoder.blocks]
     self.decoder = [Layer(b, family, steps) for b in decoder.blocks]
-    self.encoder_bias = Positions(encoder, self.dtype)
+    if encoder is not None:
+        self.source_embedding = encoder.embedding
+        self.encoder = [Layer(b, family, over_source) for b in encoder.blocks]
+        self.encoder_bias = Positions(encoder, self.dtype)
+        self.encoder_norm = norm(encoder.norm, eps)
     self.decoder_bias = Positions(decoder, self.dtype)
-    self.encoder_norm = norm(encoder.norm, eps)
     self.norm = norm(decoder.norm*family.scale, eps)
     kv = [weight for b in decoder.blocks for weight in (b.cross.k, b.cross.v)]
     self.cross_kv, self.head = over_source(torch.cat(kv)), steps(family.head)
@@ -480,7 +505,7 @@ def _lay_out(self: Engine, family: Family):
 def _products(self: Engine, family: Family) -> tuple:
     "Makers of the products over a source and of those over few tokens"
     if self.int8: return linear8, partial(linear8, small=stepping)
-    large = self.model.num_parameters() > COLD
+    large = self._model.num_parameters() > COLD
     return linear, partial(linear, rows=4) if large else stepping
 
 # %% ../nbs/10_engine.ipynb #288ca807
@@ -561,21 +586,33 @@ class Source:
 @patch
 def _source(self: Engine, ids, mask, encoded, settings) -> Source:
     "Look at a source, run the encoder, make keys and values for the decoder's layers"
-    ids, mask = transfer(ids, mask)
-    check_ids(ids, self.words)
-    check_mask(mask, ids)
+    ids, bias, never = *self._hidden(ids, mask), None
+    encoded = self.borrowed(ids, mask, encoded)
     check_encoded(encoded, ids, self.embedding.shape[1])
-    bias, never, like = None, None, dict(dtype=self.dtype, device=self.device)
-    if mask is not None and not mask.all():
-        hidden = (mask == 0)[None].to(self.device)
-        lowest = torch.finfo(self.dtype).min
-        bias = torch.zeros(hidden.shape, **like).masked_fill_(hidden, lowest)
     if encoded is None: x = self.encode(ids[0].to(self.device, torch.int64), bias)
-    else: x = encoded[0].detach().to(**like)
+    else: x = encoded[0].detach().to(self.device, self.dtype)
     kv = split(self.cross_kv(x), 2*len(self.decoder), self.heads).contiguous()
     if bad := [i for i in settings.never if 0 <= i < settings.vocab]:
         never = torch.tensor(bad, dtype=torch.int64, device=self.device)
     return Source(kv, bias, never)
+
+# %% ../nbs/10_engine.ipynb #07b3948c
+@patch
+def _hidden(self: Engine, ids, mask) -> tuple: # ids, (1, 1, source length) or None
+    "Checked ids on the host, and what a mask adds to the scores"
+    ids, mask = transfer(ids, mask)
+    check_ids(ids, self.words)
+    check_mask(mask, ids)
+    if mask is None or mask.all(): return ids, None
+    hidden = (mask == 0)[None].to(self.device)
+    bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+    return ids, bias.masked_fill_(hidden, torch.finfo(self.dtype).min)
+
+@patch
+def encoded(self: Engine, ids, mask=None) -> Tensor:
+    "As `Model.encoded`"
+    ids, bias = self._hidden(ids, mask)
+    return self.encode(ids[0].to(self.device, torch.int64), bias)[None]
 
 # %% ../nbs/10_engine.ipynb #59fb68fc
 @patch

@@ -37,6 +37,7 @@ class Protocol:
     batch: int = 16         # texts at a time, without timing
     predict: bool = True    # measure single passes for the cost model
     splitter: str | None = None # of rougeLsum's sentences: punkt (None) or regex
+    seed: int = 0           # of policies that draw; each example has numbers of its own
 
     def __post_init__(self):
         if self.order not in ('original', 'length'):
@@ -103,11 +104,16 @@ def record(self: Job,
     return r
 
 # %% ../nbs/33_evaluate.ipynb #fbbaebbb
-def untimed(decoders: dict, ids: dict, new: int): # for each key of `ids` what `measure` gives
+def untimed(decoders: dict,
+            ids: dict,    # sources by their number, from which texts are drawn
+            new: int,
+            seed: int = 0 # of policies that draw
+           ):             # pairs: a key of `ids`, what `measure` gives
     "Every system once on the sources of a batch"
     found, keys = {key: {} for key in ids}, list(ids)
     for name, decoder in decoders.items():
-        for i, out in decoder.each(list(ids.values()), new):
+        seeded = seed if decoder.policy.draws else None
+        for i, out in decoder.each(list(ids.values()), new, seed=seeded, rows=keys):
             found[keys[i]][name] = summed_up([out], [])
     yield from found.items()
 
@@ -144,6 +150,8 @@ def settings(self: Job, todo: dict) -> dict: # `Policy` by name
     "All that the records depend on"
     large, small = self.pair.large, self.pair.small
     vocabulary = check_pair(large, small).vocab
+    protocol = asdict(replace(self.protocol, splitter=self.metric.splitter))
+    if not any(p.draws for p in todo.values()): del protocol['seed']  # says nothing
     return dict(
         task=asdict(self.task),
         kind=self.kind,
@@ -152,7 +160,7 @@ def settings(self: Job, todo: dict) -> dict: # `Policy` by name
         policies=list(todo),
         keys={name: policy.key for name, policy in todo.items()},
         metric=self.metric.signature,
-        protocol=asdict(replace(self.protocol, splitter=self.metric.splitter)),
+        protocol=protocol,
         large=describe(large, self.names[0], vocabulary),
         small=describe(small, self.names[1], vocabulary),
         tokenizer=tokenizer_digest(self.pair.tokenizer))
@@ -205,10 +213,11 @@ def texts(self: Job, decoders: dict, mine: list):
     if not p.timing:
         lengths = {i: ids[i].shape[1] for i in mine}
         for batch in cut_batches(lengths, TOKENS, p.batch, new):
-            yield from untimed(decoders, {i: ids[i] for i in batch}, new)
+            yield from untimed(decoders, {i: ids[i] for i in batch}, new, p.seed)
         return
     for i in mine[:p.warmup]: measure(decoders, ids[i], new)
-    for i in mine: yield i, measure(decoders, ids[i], new, p.repeats, first=i)
+    for i in mine:
+        yield i, measure(decoders, ids[i], new, p.repeats, i, p.seed, row=i)
 
 # %% ../nbs/33_evaluate.ipynb #650313a0
 @patch

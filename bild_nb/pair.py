@@ -28,8 +28,8 @@ from .stored import filled, outline
 from .shared import load_shared
 from .decoder import Model, memory, size_gb
 from .decode import check_pair
-from .many import BigLittleDecoder
 from .trace import printable
+from .stream import BigLittleDecoder
 
 # %% ../nbs/06_pair.ipynb #ba88fdf2
 @dataclass(frozen=True)
@@ -542,20 +542,39 @@ def translate(self: Pair,
               seed: int | None = None        # of a policy that draws
              ) -> list[str]:
     "Translate (or summarize, or whatever the pair was trained for) `texts`"
-    rows = self._rows(self.encode(texts, max_source), policy, max_new_tokens, seed)
-    with _tokenizing:
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return self._each(self.encode(texts, max_source), policy, max_new_tokens, seed)
+
+# %% ../nbs/06_pair.ipynb #6e66e7de
+@patch
+def _each(self: Pair, ids: list, policy, new: int, seed=None) -> list: # of texts
+    "What is written for each source or prompt, in the order given"
+    bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
+    found = {}
+    try:
+        for i, out in bild.each(ids, new, seed=seed): found[i] = out
+    except BaseException as e:
+        e.partial = self._texts(ids, found | getattr(e, 'partial', {}))
+        raise
+    errors = {i: e for i, e in sorted(found.items()) if isinstance(e, Exception)}
+    texts = self._texts(ids, {i: getattr(out, 'partial', out) for i, out in found.items()})
+    if not errors: return texts
+    named = '; '.join(f'text {i}: {e}' for i, e in errors.items())
+    error = FloatingPointError(named if len(ids) > 1 else str(errors[0]))
+    error.partial = texts
+    raise error
 
 @patch
-def _rows(self: Pair, ids: list, policy, new: int, seed=None) -> list: # of (length)
-    "What is written for each source or prompt, in the order given"
-    if policy is None: policy = self.policy
-    bild = BigLittleDecoder(self.large, self.small, policy)
-    found = dict(bild.each(ids, new, seed=seed))
-    for i, out in found.items():
-        if isinstance(out, FloatingPointError):
-            raise FloatingPointError(f'text {i}: {out}') from out
-    return [found[i].sequences[0] for i in range(len(ids))]
+def _texts(self: Pair, ids: list, found: dict) -> list:
+    "Texts by position; an empty one where nothing was written"
+    begun = [self.causal*x.shape[1] for x in ids]
+    rows = [found[i].sequences[0, n:] if i in found else () for i, n in enumerate(begun)]
+    return [self._text(row) for row in rows]
+
+@patch
+def _text(self: Pair, tokens: list, **kwargs) -> str:
+    "The text of some tokens"
+    with _tokenizing:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, **kwargs)
 
 # %% ../nbs/06_pair.ipynb #a7e5f57f
 @patch
@@ -597,8 +616,31 @@ def generate(self: Pair,
             ) -> list[str]:            # what is written behind each prompt
     "Continue texts, or answer messages, with a causal pair"
     if isinstance(prompts, str): raise ValueError('give a list of prompts')
-    ids = [self.prompt(p) for p in prompts]
-    rows = self._rows(ids, policy, max_new_tokens)
-    made = [row[given.shape[1]:] for row, given in zip(rows, ids)]
-    with _tokenizing:
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in made]
+    return self._each([self.prompt(p) for p in prompts], policy, max_new_tokens)
+
+# %% ../nbs/06_pair.ipynb #8a719d24
+@patch
+def stream(self: Pair,
+           text,                      # a source; of a causal pair a prompt or messages
+           policy=None,               # a `Policy` or its text; None: the pair's
+           max_new_tokens: int = 128, # longest output, in tokens
+           seed: int | None = None    # of a policy that draws
+          ): # an iterator of texts
+    "What is written of one text, piece by piece, each as soon as it is final"
+    ids = self.prompt(text) if self.causal else self.encode([text])[0]
+    bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
+    made = bild.stream(ids, max_new_tokens=max_new_tokens, trace=False, seed=seed)
+    return self._pieces(made)
+
+@patch
+def _pieces(self: Pair, tokens):
+    "Texts of tokens, in whole words"
+    def text(): return self._text(seen, clean_up_tokenization_spaces=False)
+    seen, told = [], 0
+    for token in tokens:
+        seen.append(token)
+        now = text()
+        end = now.rfind(' ') + 1 # what comes after may still become another letter
+        if end > told: yield now[told:end]
+        told = max(told, end)
+    if rest := text()[told:]: yield rest

@@ -280,6 +280,8 @@ class Policy:
     def uses_small(self) -> bool: return self.draft is not None
     @property
     def uses_large(self) -> bool: return self.accept is not None
+    @property
+    def draws(self) -> bool: return self.uses_large and self.accept.samples
 
 # %% ../nbs/00_policy.ipynb #a8bf44ad
 def _check_rules(draft, accept, quirks):
