@@ -52,19 +52,20 @@ def each(self: BigLittleDecoder,
          max_new_tokens: int,
          trace: bool = False,  # as of `generate`
          seed: int | None = None,
-         most: int = TOGETHER  # rows of a batch
+         most: int = TOGETHER, # rows of a batch
+         rows: list | None = None  # numbers of the texts, for draws; None: from 0 on
         ): # pairs: the position of a text, its `Output` or its `FloatingPointError`
     "Texts of any number of sources; of similar lengths together"
-    drawn = self.policy.uses_large and self.policy.accept.samples
+    rows, drawn = rows or range(len(ids)), self.policy.draws
     lengths = {i: x.shape[1] for i, x in enumerate(ids)}
     batches = [[i] for i in lengths]
     if self._joins() and not drawn:
         batches = cut_batches(lengths, TOKENS, most, max_new_tokens)
     given = dict(max_new_tokens=max_new_tokens, trace=trace, seed=seed)
     for batch in batches:
-        try: yield from self._batch(ids, batch, given)
+        try: yield from self._apart(ids, batch, given | dict(row=rows[batch[0]]))
         except FloatingPointError:
-            for i in batch: yield i, self._one(ids[i], row=i, **given)
+            for i in batch: yield i, self._one(ids[i], row=rows[i], **given)
 
 # %% ../nbs/02c_many.ipynb #29e1ced8
 @patch
@@ -75,15 +76,23 @@ def _one(self: BigLittleDecoder, ids: Tensor, **given):
 
 # %% ../nbs/02c_many.ipynb #786d4391
 @patch
-def _batch(self: BigLittleDecoder, ids: list, batch: list, given: dict):
-    "Pairs of `each`, of one batch"
+def _apart(self: BigLittleDecoder, ids: list, batch: list, given: dict) -> list:
+    "Pairs of `each`, of one batch; the `partial` of an error is a dictionary of them"
     settings = self._settings()
-    if len(batch) == 1:
-        (i,) = batch
-        return [(i, self.generate(ids[i], row=i, **given))]
     tokens, mask = padded([ids[i] for i in batch], settings.pad or 0, settings.causal)
-    out = self.generate(tokens, mask, **given)
-    begun = tokens.shape[1] if settings.causal else len(settings.start)
+    try: out = self.generate(tokens, mask, **given)
+    except FloatingPointError: raise
+    except BaseException as e:
+        if hasattr(e, 'partial'): e.partial = dict(self._cut(ids, batch, e.partial))
+        raise
+    return self._cut(ids, batch, out)
+
+@patch
+def _cut(self: BigLittleDecoder, ids: list, batch: list, out: Output) -> list:
+    "The rows of an `Output` as pairs of `each`, without padding"
+    settings = self._settings()
+    tokens = max(ids[i].shape[1] for i in batch)
+    begun = tokens if settings.causal else len(settings.start)
     pairs = []
     for i, row, told in zip(batch, out.sequences, out.trace):
         start = ids[i][0].to(row.device) if settings.causal else row[:begun]
@@ -97,7 +106,7 @@ def why_alone(self: BigLittleDecoder) -> str | None: # a part of a sentence
     "Why texts are written one by one, or None where a pass serves several"
     policy = self.policy
     if policy.quirks: return f'{policy} is the published program, whose batch is one'
-    if policy.uses_large and policy.accept.samples: return f'{policy} draws its tokens'
+    if policy.draws: return f'{policy} draws its tokens'
     for name, model in self._asked().items():
         if not model.rows: return f'the {name} model runs on {model.backend}'
     return None if self._joins() else f'{policy} has rules that no number says'

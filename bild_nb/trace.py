@@ -11,7 +11,7 @@ import re
 from dataclasses import fields
 from html import escape
 from fastcore.basics import patch
-from .decode import BigLittleDecoder, Trace, Turn
+from .decode import Trace, Turn
 
 # %% ../nbs/03_trace.ipynb #b92eca41
 STYLE = '''<style>
