@@ -12,6 +12,7 @@ from dataclasses import fields
 from html import escape
 from fastcore.basics import patch
 from .decode import Trace, Turn
+from .many import BigLittleDecoder
 
 # %% ../nbs/03_trace.ipynb #b92eca41
 STYLE = '''<style>
