@@ -108,5 +108,7 @@ def why_alone(self: BigLittleDecoder) -> str | None: # a part of a sentence
     if policy.quirks: return f'{policy} is the published program, whose batch is one'
     if policy.draws: return f'{policy} draws its tokens'
     for name, model in self._asked().items():
-        if not model.rows: return f'the {name} model runs on {model.backend}'
+        if model.rows: continue
+        why = getattr(model, 'why_apart', lambda: 'it serves one text at a time')()
+        return f'the {name} model runs on {model.backend}, and {why}'
     return None if self._joins() else f'{policy} has rules that no number says'

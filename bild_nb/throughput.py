@@ -7,11 +7,8 @@ __all__ = ['ours', 'longest', 'hf_rows', 'ended', 'ct2_rows', 'measure_batches',
 
 # %% ../nbs/14b_throughput.ipynb #22946229
 import json, time
-from functools import partial
 from pathlib import Path
-from statistics import median
 import torch
-from torch import Tensor
 from .bench import endless, greedy_settings
 from .decode import BigLittleDecoder
 from .many import padded
