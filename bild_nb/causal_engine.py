@@ -243,11 +243,19 @@ class CausalEngine(Engine):
         check_same(self)
 
 # %% ../nbs/10b_causal_engine.ipynb #612eaae9
+def each_row(product):
+    "`product` of int8 weights, with each row of its input at a scale of its own"
+    def scaled(x):
+        most = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        return product(x/most)*most
+    return scaled
+
+
 @patch
 def _lay_out(self: CausalEngine, family: Family):
     "Make the products, norms and rotations of `family`"
-    _, steps = self._products(family)
-    stack = family.decoder
+    (_, made), stack = self._products(family), family.decoder
+    def steps(weight): return each_row(made(weight)) if self.int8 else made(weight)
     self.heads, self.d_kv = family.kv_heads, family.d_kv  # of the cache
     self.dtype, self.device = family.head.dtype, family.head.device
     self.embedding, self.embed_scale = stack.embedding, family.embed_scale
