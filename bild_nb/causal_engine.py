@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'PROMPT', 'llama_family', 'head_width', 'undescribed', 'paired', 'Turns', 'turn', 'CausalLayer', 'grouped',
-           'CausalEngineCache', 'CausalEngine', 'check_same', 'is_causal', 'engine_why_not', 'engine_for']
+           'CausalEngineCache', 'CausalEngine', 'each_row', 'check_same', 'is_causal', 'engine_why_not', 'engine_for']
 
-# %% ../nbs/10b_causal_engine.ipynb #9d3e7333
+# %% ../nbs/10b_causal_engine.ipynb #41012cd6
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from .engine import Attention, Block, Engine, Family, Feed, Layer, Stack
 from .engine import activation_name, linear, norm, unsupported
 from .engine import other_biases, other_code, other_modules, other_weights
 
-# %% ../nbs/10b_causal_engine.ipynb #c36299b6
+# %% ../nbs/10b_causal_engine.ipynb #b43352b9
 CLASSES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM,
            GemmaForCausalLM)
 
@@ -30,7 +30,7 @@ def _weight(module) -> Tensor:
     weight = module.weight.detach()
     return weight + 1 if type(module).__name__ == 'GemmaRMSNorm' else weight
 
-# %% ../nbs/10b_causal_engine.ipynb #19d8011b
+# %% ../nbs/10b_causal_engine.ipynb #323ee4c8
 def _block(layer) -> Block:
     "The weights of a layer"
     a, mlp = layer.self_attn, layer.mlp
@@ -46,7 +46,7 @@ def _block(layer) -> Block:
                 mlp.down_proj.weight.detach())
     return Block(attention, None, feed)
 
-# %% ../nbs/10b_causal_engine.ipynb #ca5a3bab
+# %% ../nbs/10b_causal_engine.ipynb #6ede8f55
 def llama_family(model # of one of `CLASSES`
                 ) -> Family:
     "The description of `model`; its matrices are the model's own"
@@ -68,7 +68,7 @@ def head_width(config) -> int:
     given = getattr(config, 'head_dim', None)
     return given or config.hidden_size//config.num_attention_heads
 
-# %% ../nbs/10b_causal_engine.ipynb #65384b9c
+# %% ../nbs/10b_causal_engine.ipynb #4a05b373
 STILL = 'default', 'linear', 'llama3', 'yarn'  # kinds of rotary embeddings
 
 def _other_kind(model) -> str | None:
@@ -87,7 +87,7 @@ def _other_kind(model) -> str | None:
     if model.device.type != 'cpu' or model.dtype != torch.float32:
         return f'it is in {str(model.dtype)[6:]} on {model.device}, not in fp32 on a CPU'
 
-# %% ../nbs/10b_causal_engine.ipynb #76d1c4f1
+# %% ../nbs/10b_causal_engine.ipynb #d9b67dd7
 SHAPES = {'q_proj': 'inner d_model', 'k_proj v_proj': 'shared d_model',
           'o_proj': 'd_model inner', 'gate_proj up_proj': 'd_ff d_model',
           'down_proj': 'd_model d_ff', 'q_norm k_norm': 'd_kv',
@@ -108,7 +108,7 @@ def _other_shapes(model) -> str | None:
         shape, want = tuple(m.weight.shape), tuple(size[s] for s in SHAPES[role])
         if shape != want: return f'{name} has the shape {shape}, its config says {want}'
 
-# %% ../nbs/10b_causal_engine.ipynb #bdde72c9
+# %% ../nbs/10b_causal_engine.ipynb #43f7fffd
 def _other_numbers(model) -> str | None:
     "Modules that are not what the config says"
     c, d, layers = model.config, head_width(model.config), len(model.model.layers)
@@ -122,7 +122,7 @@ def _other_numbers(model) -> str | None:
             if getattr(m, k, v) != v:
                 return f'{k} of {name} is {getattr(m, k)}, its config says {v}'
 
-# %% ../nbs/10b_causal_engine.ipynb #6ff63474
+# %% ../nbs/10b_causal_engine.ipynb #78704871
 def undescribed(model # a transformers model that continues a prompt
                ) -> str | None: # a part of a sentence, "it …"
     "Why the causal engine cannot hold `model`, or None"
@@ -136,7 +136,7 @@ def undescribed(model # a transformers model that continues a prompt
     except (AttributeError, IndexError) as e:
         return f'its modules are not those of Llama ({e})'
 
-# %% ../nbs/10b_causal_engine.ipynb #db70e6e4
+# %% ../nbs/10b_causal_engine.ipynb #adaeb338
 def paired(weight: Tensor, # (heads*d, ...)
            d: int          # width of a head
           ) -> Tensor:     # likewise
@@ -168,7 +168,7 @@ def turn(x: Tensor,    # (k, heads, d) of paired numbers
     z = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(z*turns).flatten(-2)
 
-# %% ../nbs/10b_causal_engine.ipynb #952d72f6
+# %% ../nbs/10b_causal_engine.ipynb #90d7023d
 class CausalLayer(Layer):
     "One layer of a model that continues its prompt"
     def __init__(self, block: Block, family: Family, linear=linear):
@@ -188,7 +188,7 @@ class CausalLayer(Layer):
             self.scales = torch.stack([q*scale]*self.heads + [k]*self.groups)
             self.head_norm = norm(torch.ones_like(q), family.eps)
 
-# %% ../nbs/10b_causal_engine.ipynb #8b6e6069
+# %% ../nbs/10b_causal_engine.ipynb #98d42e7a
 @patch
 def decode(self: CausalLayer,
            x: Tensor,           # (k, d_model)
@@ -219,7 +219,7 @@ def grouped(q: Tensor,          # (k, heads, d)
     out = torch.bmm(scores.softmax(-1), values).view(heads, k, d)
     return out.transpose(0, 1).reshape(k, -1)
 
-# %% ../nbs/10b_causal_engine.ipynb #12af3c16
+# %% ../nbs/10b_causal_engine.ipynb #cb4c0d29
 PROMPT = 512  # tokens of a prompt that are read at once
 
 @dataclass
@@ -242,12 +242,20 @@ class CausalEngine(Engine):
         super().__init__(model, tokenizer, int8)
         check_same(self)
 
-# %% ../nbs/10b_causal_engine.ipynb #612eaae9
+# %% ../nbs/10b_causal_engine.ipynb #bd1d5ba8
+def each_row(product):
+    "`product` of int8 weights, with each row of its input at a scale of its own"
+    def scaled(x):
+        most = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        return product(x/most)*most
+    return scaled
+
+# %% ../nbs/10b_causal_engine.ipynb #27a90fa8
 @patch
 def _lay_out(self: CausalEngine, family: Family):
     "Make the products, norms and rotations of `family`"
-    _, steps = self._products(family)
-    stack = family.decoder
+    (_, made), stack = self._products(family), family.decoder
+    def steps(weight): return each_row(made(weight)) if self.int8 else made(weight)
     self.heads, self.d_kv = family.kv_heads, family.d_kv  # of the cache
     self.dtype, self.device = family.head.dtype, family.head.device
     self.embedding, self.embed_scale = stack.embedding, family.embed_scale
@@ -265,7 +273,7 @@ def open(self: CausalEngine, ids=None, mask=None, encoded=None, settings=None, r
     never = torch.tensor(never, dtype=torch.int64) if never else None
     return CausalEngineCache(settings, self._room(max(room, 16)), never)
 
-# %% ../nbs/10b_causal_engine.ipynb #48d1b8ff
+# %% ../nbs/10b_causal_engine.ipynb #99e0f9cd
 @patch
 def _read(self: CausalEngine, cache: CausalEngineCache, ids: Tensor, at: int) -> Tensor:
     "The last layer's output for `ids` (k), which go into the cache from `at` on"
@@ -292,7 +300,7 @@ def _pass(self: CausalEngine, cache: CausalEngineCache, ids: Tensor, at: int, la
     if cache.never is not None: logits.index_fill_(1, cache.never, -torch.inf)
     return logits
 
-# %% ../nbs/10b_causal_engine.ipynb #028d3b51
+# %% ../nbs/10b_causal_engine.ipynb #1ec3c851
 def check_same(engine: CausalEngine):
     "A `ValueError` if the engine's logits are not those of its model"
     most = engine.words - 1
@@ -310,7 +318,7 @@ def check_same(engine: CausalEngine):
         raise ValueError(f'its logits are not those of the model (by {far:.2g} of their '
                          'spread)')
 
-# %% ../nbs/10b_causal_engine.ipynb #8acc8103
+# %% ../nbs/10b_causal_engine.ipynb #2d2a90a3
 def is_causal(model) -> bool:
     "Whether a transformers model continues its prompt"
     return not getattr(model.config, 'is_encoder_decoder', False)
@@ -323,7 +331,7 @@ def engine_for(model, tokenizer=None, int8: bool = False) -> Engine:
     "The engine that can hold `model`"
     return (CausalEngine if is_causal(model) else Engine)(model, tokenizer, int8)
 
-# %% ../nbs/10b_causal_engine.ipynb #269720ea
+# %% ../nbs/10b_causal_engine.ipynb #ac63970b
 @patch
 def early(self: CausalEngine,
           layers: int # how many of its first layers
