@@ -118,7 +118,7 @@ def encode(pair, chunk: list): # an iterator of ids
     return iter(ids)
 
 # %% ../nbs/90_cli.ipynb #5e93561b
-def translations(pair, policy, chunks, new: int = 128, trace: bool = False):
+def translations(pair, policy, chunks, new: int = 128, trace: bool = False, **settings):
     "(source, translation, `Trace`) of each line at once; of an empty one '' and None"
     from bild_nb.decode import BigLittleDecoder
     bild = BigLittleDecoder(pair.large, pair.small, policy)
@@ -131,7 +131,8 @@ def translations(pair, policy, chunks, new: int = 128, trace: bool = False):
                 empty += 1
                 yield text, '', None
                 continue
-            out = bild.generate(next(ids), max_new_tokens=new, trace=trace)
+            out = bild.generate(next(ids), max_new_tokens=new, trace=trace,
+                                row=lines - 1, **settings)
             tokens = out.sequences[0]
             stopped += tokens[-1].item() not in pair.large.settings().eos
             result = pair.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -178,15 +179,17 @@ def translate(
     policy: OnePolicy = None,
     show_trace: ShowTrace = False,
     max_new_tokens: option(int, 'N', 'longest translation, in tokens', min=1) = 128,
+    settings: Settings = None,
     verbose: Verbose = False,
     as_json: Json = False,
     **kwargs
 ):
     "Translate a text, or a file or stdin line by line."
     chunks, rule = read_input(text, file), read_policy(policy)
+    more = read_settings(settings)
     pair = open_pair(**kwargs)
-    rule = rule or pair.policy
-    made, traces = translations(pair, rule, chunks, max_new_tokens, show_trace), []
+    rule, traces = rule or pair.policy, []
+    made = translations(pair, rule, chunks, max_new_tokens, show_trace, **more)
     for source, result, trace in made:
         show(source, trace, pair.tokenizer, show_trace, as_json, translation=result)
         if trace: traces.append(trace)
@@ -251,6 +254,7 @@ def generate(
     policy: OnePolicy = None,
     show_trace: ShowTrace = False,
     max_new_tokens: option(int, 'N', 'longest answer, in tokens', min=1) = 128,
+    settings: Settings = None,
     as_json: Json = False,
     **kwargs
 ):
@@ -259,12 +263,12 @@ def generate(
     if not chat: refuse_idle('a system message needs --chat', system=system)
     if None in model_names(kwargs['pair'], kwargs['large'], kwargs['small']):
         refuse('--pair', 'name two causal models: the package brings none')
-    rule = read_policy(policy)
+    rule, more = read_policy(policy), read_settings(settings)
     given = '\n'.join(line for chunk in read_input(text, file) for _, line in chunk)
     if not given.strip(): raise ValueError(EMPTY)
     pair = open_pair(**kwargs)
     written, trace = continued(pair, rule, messages(given, system) if chat else given,
-                               max_new_tokens, show_trace)
+                               max_new_tokens, show_trace, **more)
     typer.echo(as_record(given, trace, text=written) if as_json else safe(written))
     if show_trace: print_trace(trace, pair.tokenizer)
 
@@ -274,12 +278,13 @@ def messages(text: str, system: str | None) -> list:
     before = [dict(role='system', content=system)] if system else []
     return [*before, dict(role='user', content=text)]
 
-def continued(pair, policy, prompt, new: int, trace: bool) -> tuple: # text, `Trace`
+def continued(pair, policy, prompt, new: int, trace: bool,
+              **settings) -> tuple: # text, `Trace`
     "What a causal pair writes behind a prompt; a note if it was stopped"
     from bild_nb.decode import BigLittleDecoder
     ids = pair.prompt(prompt)
     bild = BigLittleDecoder(pair.large, pair.small, policy or pair.policy)
-    out = bild.generate(ids, max_new_tokens=new, trace=trace)
+    out = bild.generate(ids, max_new_tokens=new, trace=trace, **settings)
     tokens = out.sequences[0, ids.shape[1]:]
     if tokens[-1].item() not in pair.large.settings().eos:
         note(f'the text was stopped after {len(tokens)} tokens (--max-new-tokens)')

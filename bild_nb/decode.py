@@ -10,6 +10,7 @@ __all__ = ['SPECIAL', 'TOGETHER', 'Turn', 'Trace', 'Output', 'check_tokenizers',
 # %% ../nbs/02_decode.ipynb #def45e13
 import time, warnings
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from numbers import Integral
 import torch
 from torch import Tensor
@@ -171,10 +172,14 @@ class Run:
     farthest: float | None = None  # of the policy; None: the rule is asked
     draws: Draws | None = None     # None: nothing is drawn
     name: str = ''                 # for errors: which row it is, if there are several
+    follow: object = None  # what it follows of transformers' settings, if it does
 
     @property
+    def ended(self) -> bool: return self.follow is not None and self.follow.ended
+    @property
     def done(self) -> bool:
-        return len(self.tokens) >= self.limit or self.tokens[-1] in self.settings.eos
+        long = len(self.tokens) >= self.limit
+        return long or self.ended or self.tokens[-1] in self.settings.eos
 
 # %% ../nbs/02_decode.ipynb #62ceb01f
 @patch
@@ -290,14 +295,14 @@ def _turns(self: BigLittleDecoder, run: Run):
         commit(run, turn, token)                                          # 3. and 4.
         if turn.rollback and 'forget_rollback' in quirks: run.large_at = seen
         yield turn
-        if run.done and not (turn.rollback and 'eos_goes_on' in quirks
-                             and len(run.tokens) < run.limit): return
+        goes_on = turn.rollback and 'eos_goes_on' in quirks and not run.ended
+        if run.done and not (goes_on and len(run.tokens) < run.limit): return
         rest = turn.rollback and 'second_pass' in quirks
 
 # %% ../nbs/02_decode.ipynb #3bc3a1d8
 def commit(run: Run, turn: Turn, token: int):
     "Write what stays of a draft and the `token` after it"
-    y = run.tokens
+    y, before = run.tokens, len(run.tokens)
     turn.rollback = turn.accepted < len(turn.draft)
     y += turn.draft[:turn.accepted]                                       # 3. accept
     run.large_at = min(run.large_at, len(y))                              # 4. roll back
@@ -305,11 +310,14 @@ def commit(run: Run, turn: Turn, token: int):
     if turn.rollback or not turn.done:
         turn.token = token
         y.append(token)
+    if run.follow is not None: run.follow.stop(run, turn, before)
 
 def unverified(run: Run, turn: Turn) -> Turn:
     "Write a draft that nobody reads"
+    before = len(run.tokens)
     run.tokens += turn.draft
     turn.accepted = len(turn.draft)
+    if run.follow is not None: run.follow.stop(run, turn, before)
     return turn
 
 # %% ../nbs/02_decode.ipynb #b65233eb
@@ -461,17 +469,20 @@ def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
     return min(limit, most)
 
 # %% ../nbs/02_decode.ipynb #1260f542
-def find_draws(policy: Policy, seed: int | None, row: int) -> Draws | None:
+def find_draws(policy: Policy, seed: int | None, row: int,
+               drawn: bool = False # whether it is, whatever the policy says
+              ) -> Draws | None:
     "What a text is drawn with; None: its policy draws nothing"
     for name, value in dict(seed=0 if seed is None else seed, row=row).items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole: raise ValueError(f'{name}={value!r}: give a whole number')
     if row < 0: raise ValueError(f'row={row}: rows are counted from 0')
-    if policy.uses_large and policy.accept.samples:
+    if drawn or policy.uses_large and policy.accept.samples:
         if seed is None: seed = torch.randint(2**63 - 1, (), device='cpu').item()
         return Draws(int(seed), int(row))
     if seed is None: return None
-    raise ValueError(f'seed={seed}: the policy {policy} draws nothing, leave it out')
+    raise ValueError(f'seed={seed}: the policy {policy} draws nothing: '
+                     'leave it out, or say do_sample=True')
 
 # %% ../nbs/02_decode.ipynb #ea61570c
 @patch
@@ -483,27 +494,34 @@ def generate(self: BigLittleDecoder,
              trace: bool = True,  # keep every turn; False: the counts only
              seed: int | None = None,  # of rules that draw; None: torch gives one
              row: int = 0,        # the number of the first row: each draws its own
-             **unknown            # refused by name
+             **settings           # of transformers' `generate`: see `bild_nb.generate`
             ) -> Output:
     "Write a text for each row; a `FloatingPointError` for NaN logits"
-    if unknown:
-        raise TypeError(f'generate does not know {", ".join(unknown)}: '
-                        'it follows its policy, with max_new_tokens or max_length')
-    started, models = time.perf_counter(), self._asked()
-    settings, lengths = self._settings(), (max_new_tokens, max_length)
-    input_ids, attention_mask = transfer(input_ids, attention_mask)
-    check_ids(input_ids, min(m.words for m in models.values()))
-    check_mask(attention_mask, input_ids)
-    begin = self._prompts if settings.causal else self._sources
-    ids, runs, sources = begin(settings, input_ids, attention_mask, lengths)
-    for i, run in enumerate(runs): run.draws = find_draws(self.policy, seed, row + i)
-    modules = [m.model for m in models.values() if not m.snapshot]
+    started, lengths = time.perf_counter(), (max_new_tokens, max_length)
+    writer, ids, runs, sources = self._prepare(
+        input_ids, attention_mask, lengths, seed, row, settings)
+    modules = [m.model for m in writer._asked().values() if not m.snapshot]
     begun = [len(run.tokens) for run in runs]
     with evaluating(*modules), same_threads():
-        self._write(runs, sources, trace, started)
+        writer._write(runs, sources, trace, started)
     new = [run.tokens[n:] for run, n in zip(runs, begun)]
-    sequences = joined(ids, new, settings.pad).to(self.large.device)
+    sequences = joined(ids, new, runs[0].settings.pad).to(self.large.device)
     return Output(sequences, [run.trace for run in runs])
+
+@patch
+def _prepare(self: BigLittleDecoder, ids, mask, lengths, seed, row, settings) -> tuple:
+    "Who writes, what texts begin with, a `Run` for each, their sources with masks"
+    ids, mask = transfer(ids, mask)
+    check_ids(ids, min(m.words for m in self._asked().values()))
+    check_mask(mask, ids)
+    if settings:
+        prepare = import_module('bild_nb.generate').prepare
+        return prepare(self, ids, mask, lengths, seed, row, settings)
+    both = self._settings()
+    begin = self._prompts if both.causal else self._sources
+    ids, runs, sources = begin(both, ids, mask, lengths)
+    for i, run in enumerate(runs): run.draws = find_draws(self.policy, seed, row + i)
+    return self, ids, runs, sources
 
 # %% ../nbs/02_decode.ipynb #ec19dd64
 @patch

@@ -489,14 +489,15 @@ def translate(self: Pair,
               policy=None,                   # a `Policy` or its text; None: the pair's
               max_new_tokens: int = 128,     # longest output, in tokens
               max_source: int | None = None, # longest source, as of `encode`
-              seed: int | None = None        # of a policy that draws
+              seed: int | None = None,       # of texts that are drawn
+              **settings                     # as of `BigLittleDecoder.generate`
              ) -> list[str]:
     "Translate (or summarize, or whatever the pair was trained for) `texts`"
     if policy is None: policy = self.policy
     bild, rows = BigLittleDecoder(self.large, self.small, policy), []
     for i, ids in enumerate(self.encode(texts, max_source)):
         out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False,
-                            seed=seed, row=i)
+                            seed=seed, row=i, **settings)
         rows.append(out.sequences[0])
     with _tokenizing:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -537,14 +538,17 @@ def chat_text(self: Pair, messages: list) -> str:
 def generate(self: Pair,
              prompts: list,            # of texts or lists of messages
              policy=None,              # a `Policy` or its text; None: the pair's
-             max_new_tokens: int = 128 # longest continuation, in tokens
+             max_new_tokens: int = 128, # longest continuation, in tokens
+             seed: int | None = None,  # of texts that are drawn
+             **settings                # as of `BigLittleDecoder.generate`
             ) -> list[str]:            # what is written behind each prompt
     "Continue texts, or answer messages, with a causal pair"
     if isinstance(prompts, str): raise ValueError('give a list of prompts')
     bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
     made = []
-    for ids in [self.prompt(p) for p in prompts]:
-        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False)
+    for i, ids in enumerate([self.prompt(p) for p in prompts]):
+        out = bild.generate(ids, max_new_tokens=max_new_tokens, trace=False,
+                            seed=seed, row=i, **settings)
         made.append(out.sequences[0, ids.shape[1]:])
     with _tokenizing:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in made]
