@@ -184,7 +184,7 @@ def _warn(self: Model):
     self._said |= left.keys()
     if left:
         warnings.warn(f'BiLD does not follow {left} of the generation config of '
-                      f'{type(self.model).__name__}: give generate what it is to follow')
+                      f'{type(self.model).__name__}: give generate what to follow')
 
 # %% ../nbs/01_decoder.ipynb #42367cd0
 def transfer(*tensors) -> tuple: # the same, tensors on the host

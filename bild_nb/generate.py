@@ -333,7 +333,7 @@ def decoder_of(model, small_model, policy, bild) -> BigLittleDecoder:
 
 # %% ../nbs/05_generate.ipynb #e95ce569
 HANDED = set("""attention_mask encoder_outputs cache past_key_values use_cache
-    position_ids logits_to_keep""".split())
+    position_ids logits_to_keep labels""".split())  # transformers drops labels, too
 
 def check_more(more: dict):
     "A `ValueError` that names what goes to the model and would be lost here"

@@ -247,7 +247,7 @@ def read_policy(text: str | None): # a `Policy`; None stays None
 # %% ../nbs/87_options.ipynb #3e4b4822
 Settings = Annotated[list[str] | None, typer.Option(
     '--set', metavar='NAME=VALUE', show_default='none',
-    help="a setting of transformers' generate: do_sample=true; may be given again")]
+    help="a setting of transformers' generate: do_sample=true; again for more")]
 ELSEWHERE = dict(max_new_tokens='say --max-new-tokens',
                  max_length='say --max-new-tokens', num_return_sequences='one text each')
 
