@@ -19,7 +19,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
     packages=find_packages(include=[name, f"{name}.*"]),
-    package_data={name: ["*.json", "*.c", "shipped/**/*"]},
+    package_data={name: ["*.json", "*.c", "shipped/**/*", "hub/**/*.py"]},
     include_package_data=False, zip_safe=False,
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{name}={name}._modidx:d"]},
 )

@@ -8,6 +8,7 @@ _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_
             "early": ["early_exit"],
             "stream": ["BigLittleDecoder"],  # the one of `decode`, with pictures and streams attached
             "accept": ["Relative", "Ensemble", "Budget", "Rejection"],
+            "generate": ["bild_generate"],
             "pair": ["load_pair", "Pair"],
             "objectives": ["agreement"],
             "recipe": ["Recipe"],

@@ -120,13 +120,15 @@ def encode(pair, chunk: list) -> list: # of ids
 # %% ../nbs/90_cli.ipynb #5e93561b
 WINDOW = 128  # lines of a file that are sorted by length, and come out together
 
-def written(bild, ids: list, new: int, trace: bool): # an iterator of pairs
+def written(bild, ids: list, new: int, trace: bool, rows=(), **settings): # of pairs
     "The `Output` of each source in order, and None; Ctrl-C with one that is not whole"
     from bild_nb.decode import GenerationInterrupted
     for at in range(0, len(ids), WINDOW):
         part, found, broke = ids[at:at + WINDOW], {}, None
+        numbers = rows[at:at + WINDOW]
         try:
-            for i, out in bild.each(part, new, trace): found[i] = out
+            for i, out in bild.each(part, new, trace, rows=numbers, **settings):
+                found[i] = out
         except GenerationInterrupted as e: found, broke = found | e.partial, e
         for i in range(len(part)):
             if i not in found: raise broke
@@ -139,13 +141,14 @@ def whole(bild, out, new: int) -> bool:
     return n == new or n and last in bild.large.settings().eos
 
 # %% ../nbs/90_cli.ipynb #cb30c02e
-def translations(pair, policy, chunks, new: int = 128, trace: bool = False):
+def translations(pair, policy, chunks, new: int = 128, trace: bool = False, **settings):
     "(source, translation, `Trace`) of each line at once; of an empty one '' and None"
     from bild_nb.decode import BigLittleDecoder
     bild = BigLittleDecoder(pair.large, pair.small, policy)
     lines = empty = stopped = 0
     for chunk in chunks:
-        made = written(bild, encode(pair, chunk), new, trace)
+        rows = [lines + i for i, (_, text) in enumerate(chunk) if text.strip()]
+        made = written(bild, encode(pair, chunk), new, trace, rows, **settings)
         for _, text in chunk:
             lines += 1
             if not text.strip():
@@ -202,15 +205,17 @@ def translate(
     policy: OnePolicy = None,
     show_trace: ShowTrace = False,
     max_new_tokens: option(int, 'N', 'longest translation, in tokens', min=1) = 128,
+    settings: Settings = None,
     verbose: Verbose = False,
     as_json: Json = False,
     **kwargs
 ):
     "Translate a text, or a file or stdin line by line."
     chunks, rule = read_input(text, file), read_policy(policy)
+    more = read_settings(settings)
     pair = open_pair(**kwargs)
-    rule = rule or pair.policy
-    made, traces = translations(pair, rule, chunks, max_new_tokens, show_trace), []
+    rule, traces = rule or pair.policy, []
+    made = translations(pair, rule, chunks, max_new_tokens, show_trace, **more)
     for source, result, trace in made:
         show(source, trace, pair.tokenizer, show_trace, as_json, translation=result)
         if trace: traces.append(trace)
@@ -275,6 +280,7 @@ def generate(
     policy: OnePolicy = None,
     show_trace: ShowTrace = False,
     max_new_tokens: option(int, 'N', 'longest answer, in tokens', min=1) = 128,
+    settings: Settings = None,
     as_json: Json = False,
     **kwargs
 ):
@@ -283,12 +289,12 @@ def generate(
     if not chat: refuse_idle('a system message needs --chat', system=system)
     if None in model_names(kwargs['pair'], kwargs['large'], kwargs['small']):
         refuse('--pair', 'name two causal models: the package brings none')
-    rule = read_policy(policy)
+    rule, more = read_policy(policy), read_settings(settings)
     given = '\n'.join(line for chunk in read_input(text, file) for _, line in chunk)
     if not given.strip(): raise ValueError(EMPTY)
     pair = open_pair(**kwargs)
     prompt = messages(given, system) if chat else given
-    text, trace, broke = continued(pair, rule, prompt, max_new_tokens, show_trace)
+    text, trace, broke = continued(pair, rule, prompt, max_new_tokens, show_trace, **more)
     if text or not broke: say(as_record(given, trace, text=text) if as_json else safe(text))
     if show_trace: print_trace(trace, pair.tokenizer)
     if broke: raise broke
@@ -299,12 +305,13 @@ def messages(text: str, system: str | None) -> list:
     before = [dict(role='system', content=system)] if system else []
     return [*before, dict(role='user', content=text)]
 
-def continued(pair, policy, prompt, new: int, trace: bool) -> tuple:
+def continued(pair, policy, prompt, new: int, trace: bool,
+              **settings) -> tuple:
     "What a causal pair writes behind a prompt, its `Trace`, and Ctrl-C or None"
     from bild_nb.decode import BigLittleDecoder
     ids = pair.prompt(prompt)
     bild = BigLittleDecoder(pair.large, pair.small, policy or pair.policy)
-    (out, broke), = written(bild, [ids], new, trace)
+    (out, broke), = written(bild, [ids], new, trace, **settings)
     tokens = out.sequences[0, ids.shape[1]:].tolist()
     if broke and tokens: note('Ctrl-C: the last text is not whole')
     if not broke and tokens[-1] not in pair.large.settings().eos:

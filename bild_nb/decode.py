@@ -6,13 +6,14 @@
 __all__ = ['SPECIAL', 'TOGETHER', 'Turn', 'Trace', 'Output', 'check_tokenizers', 'check_pair', 'check_kinds', 'common',
            'BigLittleDecoder', 'Run', 'check_numbers', 'commit', 'unverified', 'sound', 'Batch',
            'GenerationInterrupted', 'telling', 'refuse', 'counted', 'check_ids', 'check_mask', 'strip', 'cut',
-           'length_limit', 'find_draws', 'check_prompt']
+           'length_limit', 'find_draws', 'plainly', 'check_prompt']
 
 # %% ../nbs/02_decode.ipynb #def45e13
 import time, warnings
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from numbers import Integral
 import torch
 from torch import Tensor
@@ -184,10 +185,14 @@ class Run:
     name: str = ''                 # for errors: which row it is, if there are several
     source: tuple = ()             # ids and mask that an encoder reads
     error: Exception | None = None # what keeps it from being written
+    follow: object = None  # what it follows of transformers' settings, if it does
 
     @property
+    def ended(self) -> bool: return self.follow is not None and self.follow.ended
+    @property
     def done(self) -> bool:
-        return len(self.tokens) >= self.limit or self.tokens[-1] in self.settings.eos
+        long = len(self.tokens) >= self.limit
+        return long or self.ended or self.tokens[-1] in self.settings.eos
 
 # %% ../nbs/02_decode.ipynb #62ceb01f
 @patch
@@ -305,14 +310,14 @@ def _turns(self: BigLittleDecoder, run: Run):
         commit(run, turn, token)                                          # 3. and 4.
         if turn.rollback and 'forget_rollback' in quirks: run.large_at = seen
         yield turn
-        if run.done and not (turn.rollback and 'eos_goes_on' in quirks
-                             and len(run.tokens) < run.limit): return
+        goes_on = turn.rollback and 'eos_goes_on' in quirks and not run.ended
+        if run.done and not (goes_on and len(run.tokens) < run.limit): return
         rest = turn.rollback and 'second_pass' in quirks
 
 # %% ../nbs/02_decode.ipynb #3bc3a1d8
 def commit(run: Run, turn: Turn, token: int):
     "Write what stays of a draft and the `token` after it"
-    y = run.tokens
+    y, before = run.tokens, len(run.tokens)
     turn.rollback = turn.accepted < len(turn.draft)
     y += turn.draft[:turn.accepted]                                       # 3. accept
     run.large_at = min(run.large_at, len(y))                              # 4. roll back
@@ -320,11 +325,14 @@ def commit(run: Run, turn: Turn, token: int):
     if turn.rollback or not turn.done:
         turn.token = token
         y.append(token)
+    if run.follow is not None: run.follow.stop(run, turn, before)
 
 def unverified(run: Run, turn: Turn) -> Turn:
     "Write a draft that nobody reads"
+    before = len(run.tokens)
     run.tokens += turn.draft
     turn.accepted = len(turn.draft)
+    if run.follow is not None: run.follow.stop(run, turn, before)
     return turn
 
 # %% ../nbs/02_decode.ipynb #b65233eb
@@ -397,6 +405,7 @@ class Batch:
     runs: list     # a `Run` for each
     keep: bool     # every turn
     device: object # of the sequences
+    writer: object # whose loop it is
     started: float = field(default_factory=time.perf_counter)
     wasted: int = 0 # `wasted_rows` of the output
     def __post_init__(self): self.begun = [len(run.tokens) for run in self.runs]
@@ -553,17 +562,20 @@ def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
     return min(limit, most)
 
 # %% ../nbs/02_decode.ipynb #1260f542
-def find_draws(policy: Policy, seed: int | None, row: int) -> Draws | None:
+def find_draws(policy: Policy, seed: int | None, row: int,
+               drawn: bool = False # whether it is, whatever the policy says
+              ) -> Draws | None:
     "What a text is drawn with; None: its policy draws nothing"
     for name, value in dict(seed=0 if seed is None else seed, row=row).items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole: raise ValueError(f'{name}={value!r}: give a whole number')
     if row < 0: raise ValueError(f'row={row}: rows are counted from 0')
-    if policy.draws:
+    if drawn or policy.draws:
         if seed is None: seed = torch.randint(2**63 - 1, (), device='cpu').item()
         return Draws(int(seed), int(row))
     if seed is None: return None
-    raise ValueError(f'seed={seed}: the policy {policy} draws nothing, leave it out')
+    raise ValueError(f'seed={seed}: the policy {policy} draws nothing: '
+                     'leave it out, or say do_sample=True')
 
 # %% ../nbs/02_decode.ipynb #ea61570c
 @patch
@@ -575,30 +587,35 @@ def generate(self: BigLittleDecoder,
              trace: bool = True,  # keep every turn; False: the counts only
              seed: int | None = None,  # of rules that draw; None: torch gives one
              row: int = 0,        # the number of the first row: each draws its own
-             **unknown            # refused by name
+             **settings           # of transformers' `generate`: see `bild_nb.generate`
             ) -> Output:
     "Write a text for each row; errors have a `partial` output, see above"
-    if unknown:
-        raise TypeError(f'generate does not know {", ".join(unknown)}: '
-                        'it follows its policy, with max_new_tokens or max_length')
     lengths = max_new_tokens, max_length
-    batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row)
-    with self._running(batch): deque(self._write(batch), 0)
+    batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row, settings)
+    with batch.writer._running(batch): deque(batch.writer._write(batch), 0)
     return batch.output()
 
 # %% ../nbs/02_decode.ipynb #60ca46f6
 @patch
-def _batch(self: BigLittleDecoder, ids, mask, lengths, keep, seed, row) -> Batch:
+def _batch(self: BigLittleDecoder, ids, mask, lengths, keep, seed, row,
+           settings: dict) -> Batch:
     "The texts that are meant; errors for what is wrong with all of them"
-    settings, models = self._settings(), self._asked().values()
     ids, mask = transfer(ids, mask)
-    check_ids(ids, min(m.words for m in models))
+    check_ids(ids, min(m.words for m in self._asked().values()))
     check_mask(mask, ids)
-    begin = self._prompts if settings.causal else self._sources
-    batch = Batch(*begin(settings, ids, mask, lengths), keep, self.large.device)
-    for i, run in enumerate(batch.runs): run.draws = find_draws(self.policy, seed, row + i)
+    prepare = import_module('bild_nb.generate').prepare if settings else plainly
+    writer, ids, runs = prepare(self, ids, mask, lengths, seed, row, settings)
+    batch = Batch(ids, runs, keep, self.large.device, writer)
     if len(batch.errors) == len(ids): refuse(batch.errors)
     return batch
+
+def plainly(bild: BigLittleDecoder, ids, mask, lengths, seed, row, settings) -> tuple:
+    "Who writes, what texts begin with, a `Run` for each"
+    both = bild._settings()
+    begin = bild._prompts if both.causal else bild._sources
+    ids, runs = begin(both, ids, mask, lengths)
+    for i, run in enumerate(runs): run.draws = find_draws(bild.policy, seed, row + i)
+    return bild, ids, runs
 
 @patch
 @contextmanager

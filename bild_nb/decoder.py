@@ -10,6 +10,7 @@ __all__ = ['FOLLOWED', 'NO_EFFECT', 'SAMPLING', 'BEAMS', 'NEUTRAL', 'PROBED', 's
 # %% ../nbs/01_decoder.ipynb #c6799428
 import copy, inspect, threading, warnings
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 import torch
@@ -93,7 +94,7 @@ NEUTRAL = dict(do_sample=False, num_beams=1, num_return_sequences=1, min_length=
 
 # %% ../nbs/01_decoder.ipynb #b31068e5
 def unfollowed(config: GenerationConfig) -> dict:
-    "Settings that change a text and that BiLD does not follow, with their values"
+    "Settings that change a text and are followed only if asked, with their values"
     given = {k: v for k, v in vars(config).items() if not k.startswith('_')}
     quiet = FOLLOWED | NO_EFFECT
     if not given.get('do_sample'): quiet |= SAMPLING
@@ -193,14 +194,17 @@ def read_settings(self: Model) -> Settings:
     "`Settings` anew"
     return Settings.of(self._model)
 
+_followed = ContextVar('followed', default=False)  # whether all are followed now
+
 @patch
 def _warn(self: Model):
+    if _followed.get(): return
     left = unfollowed(self._model.generation_config)
     left = {k: v for k, v in left.items() if k not in self._said}
     self._said |= left.keys()
     if left:
-        warnings.warn(f'BiLD decodes greedily and does not follow {left} '
-                      f'of the generation config of {type(self._model).__name__}')
+        warnings.warn(f'BiLD does not follow {left} of the generation config of '
+                      f'{type(self._model).__name__}: give generate what to follow')
 
 # %% ../nbs/01_decoder.ipynb #54767966
 @patch

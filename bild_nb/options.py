@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['OWN_MEANING', 'app', 'Version', 'Json', 'Debug', 'Verbose', 'PairDir', 'MODEL', 'KINDS', 'Large', 'Small',
            'TaskLarge', 'TaskSmall', 'Device', 'Threads', 'Dtype', 'KeysValues', 'Backend', 'ONE', 'MORE', 'OnePolicy',
-           'Policies', 'TASKS', 'FROM', 'SPLIT', 'TaskName', 'Data', 'Split', 'TrainSplit', 'Config', 'SourceColumn',
-           'TargetColumn', 'Limit', 'Metric', 'Splitter', 'Prefix', 'MaxSource', 'MaxTarget', 'Examples', 'Repeats',
-           'Out', 'Restart', 'Seed', 'License', 'Processes', 'safe', 'say', 'note', 'answer', 'escape_strange',
-           'has_all_letters', 'console', 'reason', 'guarded', 'wrong_use', 'refuse', 'refuse_idle', 'say_version',
-           'about', 'option', 'flag', 'command', 'read_precision', 'model_names', 'quiet', 'open_pair', 'own_policy',
-           'read_policy', 'read_task', 'task_models', 'find_device', 'open_task_pair', 'joined']
+           'Policies', 'Settings', 'ELSEWHERE', 'TASKS', 'FROM', 'SPLIT', 'TaskName', 'Data', 'Split', 'TrainSplit',
+           'Config', 'SourceColumn', 'TargetColumn', 'Limit', 'Metric', 'Splitter', 'Prefix', 'MaxSource', 'MaxTarget',
+           'Examples', 'Repeats', 'Out', 'Restart', 'Seed', 'License', 'Processes', 'safe', 'say', 'note', 'answer',
+           'escape_strange', 'has_all_letters', 'console', 'reason', 'guarded', 'wrong_use', 'refuse', 'refuse_idle',
+           'say_version', 'about', 'option', 'flag', 'command', 'read_precision', 'model_names', 'quiet', 'open_pair',
+           'own_policy', 'read_policy', 'read_settings', 'read_task', 'task_models', 'find_device', 'open_task_pair',
+           'joined']
 
 # %% ../nbs/87_options.ipynb #96335d94
 import inspect, json, logging, os, sys, warnings
@@ -245,6 +246,28 @@ def read_policy(text: str | None): # a `Policy`; None stays None
     from bild_nb.policy import parse_policy
     if text is None: return None
     with wrong_use('--policy'): return parse_policy(text)
+
+# %% ../nbs/87_options.ipynb #3e4b4822
+Settings = Annotated[list[str] | None, typer.Option(
+    '--set', metavar='NAME=VALUE', show_default='none',
+    help="a setting of transformers' generate: do_sample=true; again for more")]
+ELSEWHERE = dict(max_new_tokens='say --max-new-tokens',
+                 max_length='say --max-new-tokens', num_return_sequences='one text each')
+
+def read_settings(given: list[str] | None) -> dict: # what `generate` takes
+    "The settings in the options; wrong ones are wrong use"
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition('=')
+        if not equals: refuse('--set', f'{text!r}: write NAME=VALUE')
+        if name in ELSEWHERE: refuse('--set', f'{text}: {ELSEWHERE[name]}')
+        try: found[name] = json.loads(value)
+        except json.JSONDecodeError: found[name] = value
+    if found:
+        from bild_nb.generate import check_config
+        try: check_config({k: v for k, v in found.items() if k != 'seed'})
+        except (TypeError, ValueError) as e: refuse('--set', str(e))
+    return found
 
 # %% ../nbs/87_options.ipynb #42f6b573
 TASKS = 'iwslt2017, wmt2014, xsum, cnndm, help-de-en, text (with --data), a .toml file'

@@ -539,19 +539,22 @@ def translate(self: Pair,
               policy=None,                   # a `Policy` or its text; None: the pair's
               max_new_tokens: int = 128,     # longest output, in tokens
               max_source: int | None = None, # longest source, as of `encode`
-              seed: int | None = None        # of a policy that draws
+              seed: int | None = None,       # of texts that are drawn
+              **settings                     # as of `BigLittleDecoder.generate`
              ) -> list[str]:
     "Translate (or summarize, or whatever the pair was trained for) `texts`"
-    return self._each(self.encode(texts, max_source), policy, max_new_tokens, seed)
+    ids = self.encode(texts, max_source)
+    return self._each(ids, policy, max_new_tokens, seed, **settings)
 
 # %% ../nbs/06_pair.ipynb #6e66e7de
 @patch
-def _each(self: Pair, ids: list, policy, new: int, seed=None) -> list: # of texts
+def _each(self: Pair, ids: list, policy, new: int, seed=None, **settings
+         ) -> list: # of texts
     "What is written for each source or prompt, in the order given"
     bild = BigLittleDecoder(self.large, self.small, policy or self.policy)
     found = {}
     try:
-        for i, out in bild.each(ids, new, seed=seed): found[i] = out
+        for i, out in bild.each(ids, new, seed=seed, **settings): found[i] = out
     except BaseException as e:
         e.partial = self._texts(ids, found | getattr(e, 'partial', {}))
         raise
@@ -612,11 +615,14 @@ def chat_text(self: Pair, messages: list) -> str:
 def generate(self: Pair,
              prompts: list,            # of texts or lists of messages
              policy=None,              # a `Policy` or its text; None: the pair's
-             max_new_tokens: int = 128 # longest continuation, in tokens
+             max_new_tokens: int = 128, # longest continuation, in tokens
+             seed: int | None = None,  # of texts that are drawn
+             **settings                # as of `BigLittleDecoder.generate`
             ) -> list[str]:            # what is written behind each prompt
     "Continue texts, or answer messages, with a causal pair"
     if isinstance(prompts, str): raise ValueError('give a list of prompts')
-    return self._each([self.prompt(p) for p in prompts], policy, max_new_tokens)
+    ids = [self.prompt(p) for p in prompts]
+    return self._each(ids, policy, max_new_tokens, seed, **settings)
 
 # %% ../nbs/06_pair.ipynb #8a719d24
 @patch

@@ -77,6 +77,7 @@ def named(name: str, # the name in texts; `` for a draft rule that needs none
 # %% ../nbs/00_policy.ipynb #7c1d72c3
 class Rule:
     "What draft and accept rules share: a state for each text, and an identity"
+    raw = False  # reads distributions from before transformers' logits processors
     def begin(self,
               rows: int  # texts
              ):
@@ -129,6 +130,8 @@ class Confidence(DraftRule):
     reads_logits = False
     def __post_init__(self):
         object.__setattr__(self, 'threshold', check('fallback', self.threshold, 0))
+    @property
+    def raw(self): return not self.keep
     @property
     def least(self): return None if self.keep else self.threshold
     def content(self): # as before there was a `keep`
@@ -203,6 +206,7 @@ class NLL(AcceptRule):
     "Keep while `-ln p_large(token) <= threshold`, or for the argmax (paper, eq. 3)"
     threshold: float      # $\alpha_{RB}$ in nats, at least 0, `inf` never rolls back
     strict: bool = False  # the paper's own rule, without mercy for the argmax
+    raw = True
     def __post_init__(self):
         object.__setattr__(self, 'threshold', check('rollback', self.threshold, 0))
     @property
