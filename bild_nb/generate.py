@@ -9,7 +9,8 @@ __all__ = ['ALONE', 'INSTEAD', 'OTHERS', 'STATEFUL', 'HANDED', 'ARGUMENTS', 'RET
            'bild_generate', 'check_names', 'check_config', 'configured', 'ask', 'prepare', 'from_folder']
 
 # %% ../nbs/05_generate.ipynb #a747bdaf
-import copy, math, time
+import copy, math
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -26,9 +27,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from .policy import AcceptRule, Greedy, Policy, as_policy, pick, score
 from .accept import Rejection, chances
 from .decoder import Cache, FOLLOWED, Model, NEUTRAL, SAMPLING, Settings
-from .decoder import evaluating, on_host, same_threads, _followed
-from .causal import joined, plain_model
-from .decode import BigLittleDecoder, Run, Turn
+from .decoder import on_host, _followed
+from .causal import plain_model
+from .decode import Batch, BigLittleDecoder, Run, Turn
+from .decode import refuse as refuse_rows
 from .decode import find_draws, length_limit, strip
 
 # %% ../nbs/05_generate.ipynb #0c86ce6d
@@ -277,7 +279,8 @@ def begin(self: Following,
     settings = settings_of(self.large.inner, asked, both)
     ids = forced(asked.input_ids.cpu(), settings, not (keep or streamer))
     mask = mask if settings.causal else torch.ones_like(ids)
-    _, runs, _ = self._prompts(settings, ids, mask, (None, settings.limit))
+    _, runs = self._prompts(settings, ids, mask, (None, settings.limit))
+    refuse_rows({i: run.error for i, run in enumerate(runs) if run.error})
     if settings.pad is None and len(runs) > 1:
         raise ValueError('rows that end at different places need a pad_token_id')
     own = EosTokenCriteria, MaxLengthCriteria  # the loop's
@@ -373,7 +376,7 @@ def sources_of(asked: Asked) -> list: # ids, mask, encoded of each row
 # %% ../nbs/05_generate.ipynb #51587c73
 def write(pair: BigLittleDecoder, asked: Asked, seed, streamer, trace: bool) -> tuple:
     "Write what was asked for: a `Run` for each row, and their ids as one tensor"
-    bild, both, started = Following(pair, asked), pair._settings(), time.perf_counter()
+    bild, both = Following(pair, asked), pair._settings()
     check_more(asked.more)
     keep, rows = keeps(asked.config, pair.policy), len(asked.input_ids)
     if streamer and rows > 1: raise ValueError('streamer: one text at a time')
@@ -382,13 +385,11 @@ def write(pair: BigLittleDecoder, asked: Asked, seed, streamer, trace: bool) -> 
     sources = [()]*rows if both.causal else sources_of(asked)
     both = replace(both, never=())  # only what this call's config says
     ids, runs = bild.begin(both, mask.cpu(), seed, 0, keep, streamer)
-    modules = [m.model for m in bild._asked().values() if not m.snapshot]
-    begun = [len(run.tokens) for run in runs]
-    with evaluating(*modules), same_threads():
-        bild._write(runs, sources, trace, started)
+    for run, source in zip(runs, sources): run.source = source
+    batch = Batch(ids, runs, trace, asked.input_ids.device, bild)
+    with bild._running(batch): deque(bild._write(batch), 0)
     if streamer: streamer.end()
-    new = [run.tokens[n:] for run, n in zip(runs, begun)]
-    return runs, joined(ids, new, runs[0].settings.pad).to(asked.input_ids.device)
+    return runs, batch.output().sequences
 
 # %% ../nbs/05_generate.ipynb #47fa9aca
 def keeps(config: GenerationConfig, policy: Policy) -> bool:
@@ -511,7 +512,7 @@ def ask(large: Model, both: Settings, ids, mask, config, more: dict) -> Asked:
 
 # %% ../nbs/05_generate.ipynb #03ad0132
 def prepare(bild: BigLittleDecoder, ids, mask, lengths, seed, row, settings) -> tuple:
-    "As `BigLittleDecoder._prepare`, for settings of transformers' `generate`"
+    "As `plainly`, for settings of transformers' `generate`"
     check_names(settings, bild.policy)
     both = bild._settings()
     if mask is None:
@@ -526,9 +527,9 @@ def prepare(bild: BigLittleDecoder, ids, mask, lengths, seed, row, settings) -> 
     n = len(asked.input_ids)//len(ids)  # num_return_sequences
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
     starts, runs = writer.begin(both, mask, seed, row)
-    sources = [()]*len(ids) if both.causal else [
-        strip(ids[i:i + 1], mask[i:i + 1], run.name) for i, run in enumerate(runs)]
-    return writer, starts, runs, sources
+    for i, run in enumerate(runs if not both.causal else ()):
+        run.source = strip(ids[i:i + 1], mask[i:i + 1], run.name)
+    return writer, starts, runs
 
 # %% ../nbs/05_generate.ipynb #a758ca2f
 FOLDER = str(files('bild_nb')/'hub')  # for `custom_generate=`

@@ -53,15 +53,16 @@ def each(self: BigLittleDecoder,
          trace: bool = False,  # as of `generate`
          seed: int | None = None,
          most: int = TOGETHER, # rows of a batch
-         rows: list | None = None  # numbers of the texts, for draws; None: from 0 on
+         rows: list | None = None, # numbers of the texts, for draws; None: from 0 on
+         **settings            # of `generate`: such texts are written one by one
         ): # pairs: the position of a text, its `Output` or its `FloatingPointError`
     "Texts of any number of sources; of similar lengths together"
     rows, drawn = rows or range(len(ids)), self.policy.draws
     lengths = {i: x.shape[1] for i, x in enumerate(ids)}
     batches = [[i] for i in lengths]
-    if self._joins() and not drawn:
+    if self._joins() and not (drawn or settings):
         batches = cut_batches(lengths, TOKENS, most, max_new_tokens)
-    given = dict(max_new_tokens=max_new_tokens, trace=trace, seed=seed)
+    given = dict(settings, max_new_tokens=max_new_tokens, trace=trace, seed=seed)
     for batch in batches:
         try: yield from self._apart(ids, batch, given | dict(row=rows[batch[0]]))
         except FloatingPointError:

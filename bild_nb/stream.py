@@ -15,9 +15,9 @@ from .trace import BigLittleDecoder
 # %% ../nbs/05b_stream.ipynb #5f41e5c4
 class Stream:
     "Tokens of texts while they are written, each as soon as it is final"
-    def __init__(self, bild: BigLittleDecoder, batch: Batch):
-        self.bild, self.batch, self.ready = bild, batch, deque()
-        self.steps, self.told = bild._write(batch), [*batch.begun]
+    def __init__(self, batch: Batch):
+        self.batch, self.ready = batch, deque()
+        self.steps, self.told = batch.writer._write(batch), [*batch.begun]
 
     def __iter__(self): return self
     def __next__(self): # a token, or (row, token)
@@ -41,7 +41,7 @@ class Stream:
 @patch
 def _turn(self: Stream):
     "Write one turn, and make its tokens ready"
-    with self.bild._running(self.batch): wrote = next(self.steps, None)
+    with self.batch.writer._running(self.batch): wrote = next(self.steps, None)
     if wrote is None: raise StopIteration
     runs = self.batch.runs
     for i, run in enumerate(runs):
@@ -58,13 +58,12 @@ def stream(self: BigLittleDecoder,
            trace: bool = True,
            seed: int | None = None,
            row: int = 0,
-           **unknown
+           **settings
           ) -> Stream:
     "Tokens as they become final; of several rows (row, token)"
-    if unknown: raise TypeError(f'stream does not know {", ".join(unknown)}')
     lengths = max_new_tokens, max_length
-    batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row)
-    return Stream(self, batch)
+    batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row, settings)
+    return Stream(batch)
 
 # %% ../nbs/05b_stream.ipynb #855b0b7d
 @patch
