@@ -330,7 +330,8 @@ def align(
                                      temperature=temperature, top=top)
     settings = align_settings(
         small, tokenizer, large, names, train, valid, recipe, siblings.world, **how,
-        **(dict(share=True) if share else {}), policy=str(policy), prefix=prefix, max_source=max_source, max_target=max_target)
+        **(dict(share=True) if share else {}), policy=str(policy), prefix=prefix,
+        max_source=max_source, max_target=max_target)
     how |= dict(large=large, policy=policy, max_new_tokens=max_target)
     folder = Folder(out, settings, WORK, RESULT, siblings, restart, begun_with)
     with folder.held():

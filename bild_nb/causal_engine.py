@@ -85,7 +85,8 @@ def _other_kind(model) -> str | None:
     kind = model.model.rotary_emb.rope_type
     if kind not in STILL: return f'its rotary embedding is {kind}'
     if model.device.type != 'cpu' or model.dtype != torch.float32:
-        return f'it is in {str(model.dtype)[6:]} on {model.device}, not in fp32 on a CPU'
+        kind = str(model.dtype)[6:]
+        return f'it is in {kind} on {model.device}, not in fp32 on a CPU'
 
 # %% ../nbs/10b_causal_engine.ipynb #d9b67dd7
 SHAPES = {'q_proj': 'inner d_model', 'k_proj v_proj': 'shared d_model',
@@ -315,7 +316,7 @@ def check_same(engine: CausalEngine):
                    for z in (want, found))
     far = (found - torch.cat((want, want[:, 3:]), 1)).abs().max()/want.std()
     if not far <= slack:
-        raise ValueError(f'its logits are not those of the model (by {far:.2g} of their '
+        raise ValueError(f'its logits are not those of the model ({far:.2g} of their '
                          'spread)')
 
 # %% ../nbs/10b_causal_engine.ipynb #2d2a90a3

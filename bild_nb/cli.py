@@ -294,8 +294,10 @@ def generate(
     if not given.strip(): raise ValueError(EMPTY)
     pair = open_pair(**kwargs)
     prompt = messages(given, system) if chat else given
-    text, trace, broke = continued(pair, rule, prompt, max_new_tokens, show_trace, **more)
-    if text or not broke: say(as_record(given, trace, text=text) if as_json else safe(text))
+    text, trace, broke = continued(pair, rule, prompt, max_new_tokens, show_trace,
+                                   **more)
+    if text or not broke:
+        say(as_record(given, trace, text=text) if as_json else safe(text))
     if show_trace: print_trace(trace, pair.tokenizer)
     if broke: raise broke
 

@@ -410,7 +410,8 @@ class Batch:
     wasted: int = 0 # `wasted_rows` of the output
     def __post_init__(self): self.begun = [len(run.tokens) for run in self.runs]
     @property
-    def errors(self) -> dict: return {i: r.error for i, r in enumerate(self.runs) if r.error}
+    def errors(self) -> dict: # by row
+        return {i: run.error for i, run in enumerate(self.runs) if run.error}
     def output(self) -> Output:
         "What is final now"
         new = [run.tokens[n:] for run, n in zip(self.runs, self.begun)]

@@ -359,7 +359,7 @@ _packed = weakref.WeakValueDictionary()  # what is packed now, by files, config 
 _packing = threading.Lock()
 
 def packing(model, int8: bool) -> Weights:
-    "The weights of `model`, packed; those of files that are in use are not packed again"
+    "The weights of `model`, packed; those of files in use are not packed again"
     if not hasattr(model, 'stored'): return Weights(int8).pack(t5_family(model))
     key = (int8, type(model), model.config.to_json_string(), *model.stored.seen.items())
     with _packing:
@@ -406,7 +406,8 @@ def _lay_out(self: NativeEngine, weights: Weights):
     "The structures of the C code for packed weights, which other engines may use, too"
     self.weights = copy.copy(weights)  # tells this engine's texts from another's
     self.weights.shared, self.width = weights, weights.near.d
-    self.encoder, self.decoder = map(Stack.from_buffer_copy, (weights.far, weights.near))
+    own = Stack.from_buffer_copy
+    self.encoder, self.decoder = own(weights.far), own(weights.near)
     self.encoder_bias, self.decoder_bias = weights.far_bias, weights.near_bias
     self.words = self.encoder.words
     self.at = ctypes.addressof(self.encoder), ctypes.addressof(self.decoder)

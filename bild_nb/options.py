@@ -252,7 +252,8 @@ Settings = Annotated[list[str] | None, typer.Option(
     '--set', metavar='NAME=VALUE', show_default='none',
     help="a setting of transformers' generate: do_sample=true; again for more")]
 ELSEWHERE = dict(max_new_tokens='say --max-new-tokens',
-                 max_length='say --max-new-tokens', num_return_sequences='one text each')
+                 max_length='say --max-new-tokens',
+                 num_return_sequences='one text each')
 
 def read_settings(given: list[str] | None) -> dict: # what `generate` takes
     "The settings in the options; wrong ones are wrong use"

@@ -315,7 +315,8 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
     local = here or not online()  # a model of the hub may have been downloaded before
     try:
         check_header(folder := local_folder(source, local))
-        safely, kind = dict(trust_remote_code=False, local_files_only=local), DTYPES[name]
+        safely = dict(trust_remote_code=False, local_files_only=local)
+        kind = DTYPES[name]
         with _quiet():
             config = AutoConfig.from_pretrained(source, **safely)
             cls = auto_class(config, causal)
@@ -559,7 +560,8 @@ def _each(self: Pair, ids: list, policy, new: int, seed=None, **settings
         e.partial = self._texts(ids, found | getattr(e, 'partial', {}))
         raise
     errors = {i: e for i, e in sorted(found.items()) if isinstance(e, Exception)}
-    texts = self._texts(ids, {i: getattr(out, 'partial', out) for i, out in found.items()})
+    final = {i: getattr(out, 'partial', out) for i, out in found.items()}
+    texts = self._texts(ids, final)
     if not errors: return texts
     named = '; '.join(f'text {i}: {e}' for i, e in errors.items())
     error = FloatingPointError(named if len(ids) > 1 else str(errors[0]))
@@ -569,9 +571,8 @@ def _each(self: Pair, ids: list, policy, new: int, seed=None, **settings
 @patch
 def _texts(self: Pair, ids: list, found: dict) -> list:
     "Texts by position; an empty one where nothing was written"
-    begun = [self.causal*x.shape[1] for x in ids]
-    rows = [found[i].sequences[0, n:] if i in found else () for i, n in enumerate(begun)]
-    return [self._text(row) for row in rows]
+    def row(i, n): return found[i].sequences[0, n:] if i in found else ()
+    return [self._text(row(i, self.causal*x.shape[1])) for i, x in enumerate(ids)]
 
 @patch
 def _text(self: Pair, tokens: list, **kwargs) -> str:

@@ -40,7 +40,8 @@ def hf_rows(large, new: int, forced: bool):
     def run(ids: list) -> tuple:
         tokens, mask = padded(ids, 0)
         with torch.inference_mode():
-            out = large.generate(tokens, attention_mask=mask, generation_config=settings)
+            given = dict(attention_mask=mask, generation_config=settings)
+            out = large.generate(tokens, **given)
         return [ended(row[1:], settings.eos_token_id) for row in out.tolist()], {}
     return run
 
@@ -94,7 +95,8 @@ def timed_batches(system, batches: list) -> dict:
     found = [system(batch) for batch in batches]
     ms = (time.perf_counter() - began)*1e3
     facts = {k: sum(f[k] for _, f in found) for k in found[0][1]}
-    return dict(ms=round(ms, 2), tokens=sum(len(row) for rows, _ in found for row in rows),
+    tokens = sum(len(row) for rows, _ in found for row in rows)
+    return dict(ms=round(ms, 2), tokens=tokens,
                 **facts)
 
 def append(file: Path, record: dict):
