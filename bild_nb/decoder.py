@@ -510,7 +510,8 @@ def size_gb(model) -> float:
 def no_memory(e: BaseException) -> bool:
     "Whether an error says that memory is full"
     full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-    return full or "can't allocate memory" in str(e) or str(e).startswith('out of memory')
+    told = str(e)
+    return full or "can't allocate memory" in told or told.startswith('out of memory')
 
 @contextmanager
 def memory(what: str,  # is made or moved inside

@@ -191,7 +191,8 @@ def typed(lib):
     p, i, n = _pointer, _int, _long
     functions = dict(struct_size=[i], int8_top=[], large_pages=[p, n],
                      multiply=[p, p, i, p, p, p, i],
-                     recall=[p, p, p, n, p, p], attention=[i, p, n, i, i, p, n, p, p, p, n, p, i],
+                     recall=[p, p, p, n, p, p],
+                     attention=[i, p, n, i, i, p, n, p, p, p, n, p, i],
                      scratch=[p, p, n, n, n, n, i], kv_bytes=[p, n],
                      move_kv=[p, p, n, p, n], read_source=[p, p, p, p, n, p, p],
                      decode=[p, p, n, p, n, n, p],

@@ -194,7 +194,8 @@ def read(self: Aligned, new: list, at: list) -> Tensor:
     device = self.model.device
     first = torch.tensor([wide - n for n in self.lengths], device=device)[:, None]
     true = torch.arange(wide, device=device) - first  # positions, below 0 where none is
-    seen = None if max(self.lengths) == min(self.lengths) == wide else (true >= 0).long()
+    level = max(self.lengths) == min(self.lengths) == wide
+    seen = None if level else (true >= 0).long()
     out = self.model.read_rows(self, torch.tensor(grid, device=device), seen,
                                true[:, -k:].clamp(min=0))
     self.width = wide
@@ -214,7 +215,7 @@ def join(self: Causal, caches: list) -> Company: return Aligned(self, caches)
 def read_rows(self: Causal,
               rows: Aligned,
               tokens: Tensor,       # (rows, k)
-              seen: Tensor | None,  # (rows, slots): 1 where a token is; None: everywhere
+              seen: Tensor | None,  # (rows, slots): 1 where a token is; None: all
               true: Tensor          # (rows, k) positions
              ):                     # what the model returns
     "A pass over several texts"
@@ -284,7 +285,7 @@ def _trial(decoder) -> str | None:
     spread = torch.cat([y.flatten() for y in alone]).std().clamp(min=1e-6)
     worst = max((x - y).abs().max() for x, y in pairs)/spread
     if worst <= slack: return None
-    return f'rows of a batch get other logits than alone (by {worst:.2g} of their spread)'
+    return f'rows of a batch get other logits than alone ({worst:.2g} of their spread)'
 
 def _both(decoder) -> tuple: # of lists
     "Logits of three rows together, and of each alone"
@@ -292,7 +293,8 @@ def _both(decoder) -> tuple: # of lists
     open_all = lambda: [decoder.open(x, settings=settings) for x in sources]
     settings = decoder.settings()
     rows, lone, together, alone = open_all(), open_all(), [], []
-    for new, at in (([[2, 3], [1], [3, 1, 2]], [0, 0, 0]), ([[1], [2, 3, 3], [2]], [2, 0, 1]),
+    for new, at in (([[2, 3], [1], [3, 1, 2]], [0, 0, 0]),
+                    ([[1], [2, 3, 3], [2]], [2, 0, 1]),
                     ([[3], [2], [1]], [3, 2, 2]), ([[2, 2], [1], [3]], [1, 3, 3])):
         z, _ = decoder._read_rows(rows, new, at)
         together += [z[b, -len(x):] for b, x in enumerate(new)]
