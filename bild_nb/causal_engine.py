@@ -340,7 +340,7 @@ def early(self: CausalEngine,
     "The first `layers` as a model, as of `early_exit`, on the same packed weights"
     made = object.__new__(type(self))
     vars(made).update(vars(self))  # `copy` would make products of its own
-    made.model = early_exit(self.model, layers)
+    made._model = early_exit(self.model, layers)
     made._said, made._known = set(), (None, None, None)
     made.decoder = self.decoder[:layers]
     return made

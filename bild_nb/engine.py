@@ -82,22 +82,26 @@ class Family:
     embed_scale: float = 1.     # of the embeddings
 
 # %% ../nbs/10_engine.ipynb #1fe2623d
-def _attention(layer, module) -> Attention:
-    "The weights of `module`, an attention, and of the norm of the `layer` around it"
-    modules = layer.layer_norm, module.q, module.k, module.v, module.o
-    return Attention(*(values(m.weight) for m in modules))
+def _attention(layer, module) -> tuple:
+    "The modules of an attention, and the norm of the `layer` around it"
+    return layer.layer_norm, module.q, module.k, module.v, module.o
 
-def _block(block) -> Block:
-    "The weights of a block"
+def _parts(block) -> tuple:
+    "The modules of both attentions and of the feed-forward; an error if one lacks"
     first, last = block.layer[0], block.layer[-1]
     cross, dense = None, last.DenseReluDense
     if block.is_decoder:
         cross = _attention(block.layer[1], block.layer[1].EncDecAttention)
     wi = [dense.wi_0, dense.wi_1] if hasattr(dense, 'wi_0') else [dense.wi]
-    feed = Feed(norm=values(last.layer_norm.weight),
-                wi=[values(m.weight) for m in wi],
-                wo=values(dense.wo.weight))
-    return Block(_attention(first, first.SelfAttention), cross, feed)
+    return _attention(first, first.SelfAttention), cross, (last.layer_norm, wi, dense.wo)
+
+def _block(block) -> Block:
+    "The weights of a block"
+    own, cross, (norm, wi, wo) = _parts(block)
+    def read(modules): return modules and Attention(*(values(m.weight) for m in modules))
+    feed = Feed(norm=values(norm.weight), wi=[values(m.weight) for m in wi],
+                wo=values(wo.weight))
+    return Block(read(own), read(cross), feed)
 
 @dataclass
 class Blocks:
@@ -257,7 +261,10 @@ def unsupported(model # a transformers model
     looks = _other_modules, other_code, _other_weights, _other_shapes, _other_numbers
     for look in looks:
         if why := look(model): return why
-    try: t5_family(model)
+    try:
+        t5_family(model)
+        for stack in (model.decoder, model.encoder)[:1 if borrows(model) else 2]:
+            for block in stack.block: _parts(block)
     except (AttributeError, IndexError) as e:
         return f'its modules are not those of T5 ({e})'
 

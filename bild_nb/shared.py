@@ -123,8 +123,9 @@ def check_lender(config, large, name: str = ''):
         raise ValueError('it holds a decoder that reads the encoder of its large '
                          'model: load both, with load_pair')
     if encoder_digest(large) == config.shared_encoder: return
-    raise ValueError(f'it reads the encoder of another large model than {name or "this"}'
-                     f' (its encoder is {config.shared_encoder}): load it with that one')
+    raise ValueError(f'it reads the encoder of another large model than '
+                     f'{name or "this"} (its encoder is {config.shared_encoder}): '
+                     'load it with that one')
 
 # %% ../nbs/00d_shared.ipynb #d0ba29f2
 @torch.no_grad()
@@ -133,7 +134,7 @@ def fit_projection(new,     # of `share_encoder`, with a projection
                    batches, # dicts of `input_ids` and `attention_mask`
                    ridge: float = 1e-4 # relative to the mean of the diagonal
                   ) -> float: # variance of the small encoder's output that is missed
-    "Let `new` read nearly what `small` does: least squares over the tokens of `batches`"
+    "Let `new` read nearly what `small` does: least squares over all tokens"
     read = new.encoder.lent.module
     pairs = [(read(**b)[0], small.encoder(**b)[0], b['attention_mask'] > 0)
              for b in batches]

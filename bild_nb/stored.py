@@ -80,11 +80,12 @@ def outline(folder: Path, config, dtype: torch.dtype,
 
 # %% ../nbs/00c_stored.ipynb #59d573c5
 def sources(model, files: Files) -> dict | None:
-    "The stored name of each weight of a `model` on meta, by its id; None: unusual files"
+    "The stored name of each weight of a `model` on meta, by id; None: unusual files"
     own = model.state_dict(keep_vars=True)  # what is tied is one weight of many names
     if not files.where.keys() <= own.keys(): return None
     if differ(files, 'lm_head.weight', 'shared.weight'):
-        model.lm_head.weight = own['lm_head.weight'] = nn.Parameter(own['lm_head.weight'])
+        own['lm_head.weight'] = nn.Parameter(own['lm_head.weight'])
+        model.lm_head.weight = own['lm_head.weight']
     names = {}
     for name in files.where:
         weight, stored = own[name], files.read(name)
