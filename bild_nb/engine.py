@@ -93,12 +93,14 @@ def _parts(block) -> tuple:
     if block.is_decoder:
         cross = _attention(block.layer[1], block.layer[1].EncDecAttention)
     wi = [dense.wi_0, dense.wi_1] if hasattr(dense, 'wi_0') else [dense.wi]
-    return _attention(first, first.SelfAttention), cross, (last.layer_norm, wi, dense.wo)
+    own = _attention(first, first.SelfAttention)
+    return own, cross, (last.layer_norm, wi, dense.wo)
 
 def _block(block) -> Block:
     "The weights of a block"
     own, cross, (norm, wi, wo) = _parts(block)
-    def read(modules): return modules and Attention(*(values(m.weight) for m in modules))
+    def read(modules):
+        return modules and Attention(*(values(m.weight) for m in modules))
     feed = Feed(norm=values(norm.weight), wi=[values(m.weight) for m in wi],
                 wo=values(wo.weight))
     return Block(read(own), read(cross), feed)

@@ -256,7 +256,7 @@ def settings_of(model: Model, asked: Asked, both: Settings) -> Settings:
     m, criteria = model.model, asked.criteria
     view = SimpleNamespace(config=m.config, generation_config=asked.config,
                            get_output_embeddings=m.get_output_embeddings)
-    own = type(model).read_settings(SimpleNamespace(_model=view))
+    own = type(model).read_settings(SimpleNamespace(model=view, _model=view))
     ends = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
     long = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     padding = asked.config._pad_token_tensor
