@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLES', 'LEGEND', 'EMPTY', 'TextArg', 'File', 'ShowTrace', 'A_FILE', 'WINDOW', 'RECORDED', 'SummaryTask', 'Chat',
            'System', 'DemoDtype', 'DemoPolicies', 'Shape', 'BenchLarge', 'BenchSmall', 'ORDER', 'writers', 'styled',
-           'trace_text', 'print_trace', 'decoded_lines', 'read_input', 'check_text', 'encode', 'written', 'whole',
+           'trace_text', 'print_trace', 'decoded_lines', 'read_input', 'check_text', 'encode', 'written', 'ended',
            'translations', 'as_record', 'turns', 'counted', 'translate', 'show', 'summarize', 'generate', 'messages',
            'continued', 'demo_pairs', 'demo', 'bench', 'installed', 'findings', 'doctor', 'main']
 
@@ -133,9 +133,9 @@ def written(bild, ids: list, new: int, trace: bool, rows=(), **settings): # of p
         for i in range(len(part)):
             if i not in found: raise broke
             if isinstance(found[i], FloatingPointError): raise found[i]
-            yield found[i], None if whole(bild, found[i], new) else broke
+            yield found[i], None if ended(bild, found[i], new) else broke
 
-def whole(bild, out, new: int) -> bool:
+def ended(bild, out, new: int) -> bool:
     "Whether a text has come to its end"
     n, last = out.trace[0].new_tokens, out.sequences[0, -1].item()
     return n == new or n and last in bild.large.settings().eos

@@ -65,8 +65,10 @@ def each(self: BigLittleDecoder,
     given = dict(settings, max_new_tokens=max_new_tokens, trace=trace, seed=seed)
     for batch in batches:
         try: yield from self._apart(ids, batch, given | dict(row=rows[batch[0]]))
-        except FloatingPointError:
-            for i in batch: yield i, self._one(ids[i], row=rows[i], **given)
+        except FloatingPointError as e:
+            again = batch if len(batch) > 1 else ()
+            if not again: yield batch[0], e
+            for i in again: yield i, self._one(ids[i], row=rows[i], **given)
 
 # %% ../nbs/02c_many.ipynb #29e1ced8
 @patch
