@@ -9,7 +9,7 @@ __all__ = ['RING', 'LONG', 'Buffers', 'GraphEngine', 'Product', 'GraphCache', 'R
 import math, threading, time, weakref
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from queue import Empty, SimpleQueue
 import numpy as np
 import torch
@@ -331,17 +331,22 @@ def _recorded(self: GraphEngine, work, *state: Tensor):
         for t, was in zip(state, before): t.copy_(was)
     return self._capture(work, trial)
 
+@cache
+def _apart(device) -> torch.cuda.Stream:
+    "The stream of all recordings, of a priority that other streams seldom have"
+    return torch.cuda.Stream(device, priority=-1)
+
 @patch
 def _capture(self: GraphEngine, work, trial):
     "A CUDA graph of `work` as a function, after two trials"
-    side, here = torch.cuda.Stream(), torch.cuda.current_stream()
+    side, here = _apart(self.device), torch.cuda.current_stream()
     side.wait_stream(here)
     with torch.cuda.stream(side):
         for _ in range(2): trial()
     here.wait_stream(side)
     graph, forget = torch.cuda.CUDAGraph(), torch._C._cuda_clearCublasWorkspaces
     forget()
-    with torch.cuda.graph(graph, capture_error_mode='thread_local'): work()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'): work()
     forget()
     return graph.replay
 

@@ -43,16 +43,6 @@ def _weights(w, n, k, N, K):
     real = (n < N)[:, None] & (k < K)[None, :]
     return tl.load(w + n[:, None]*K + k[None, :], mask=real, other=0.)
 
-@jit
-def _inputs(x, g, k, M, K, BM: tl.constexpr, NORM: tl.constexpr):
-    "A tile (BK, BM) of the rows in fp32, times the norm's weights; and its squares"
-    m = tl.arange(0, BM)
-    real = (m < M)[None, :] & (k < K)[:, None]
-    rows = tl.load(x + m[None, :]*K + k[:, None], mask=real, other=0.).to(tl.float32)
-    squares = tl.sum(rows*rows, 0)
-    if NORM: rows *= tl.load(g + k, mask=k < K, other=0.).to(tl.float32)[:, None]
-    return rows, squares
-
 # %% ../nbs/11b_kernels.ipynb #d9ca2ce9
 @jit
 def _wait(EARLY: tl.constexpr):
@@ -62,60 +52,87 @@ def _wait(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 @jit
-def _product_few(x, w, g, n, N, K, BM: tl.constexpr, BN: tl.constexpr,
+def _product_few(x, w, g, n, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr):
-    "Columns `n` of the product with `BM` rows, (BN, BM), and the rows' squares"
+    "Columns `n` of the product, (BN, BM), and the rows' squares"
     k, m = tl.arange(0, BK), tl.arange(0, BM)
     weights = _weights(w, n, k, N, K)
     _wait(EARLY)
     total, squares = tl.zeros((BN, BM), tl.float32), tl.zeros((BM,), tl.float32)
     for start in range(0, K, BK):
-        here, tile = start + k < K, weights.to(tl.float32)
-        weights = _weights(w, n, start + BK + k, N, K)
-        if NORM: scale = tl.load(g + start + k, mask=here, other=0.).to(tl.float32)
-        for i in tl.static_range(BM):
-            row = tl.load(x + i*K + start + k, mask=here, other=0.)
-            row = row.to(tl.float32)
-            squares += tl.where(m == i, tl.sum(row*row, 0), 0.)
-            if NORM: row *= scale
-            y = tl.sum(tile*row[None, :], 1)
-            total += tl.where((m == i)[None, :], y[:, None], 0.)
+        here, tile = start + k, weights.to(tl.float32)
+        if K > BK: weights = _weights(w, n, here + BK, N, K)
+        real = (m < M)[:, None] & (here < K)[None, :]
+        rows = tl.load(x + m[:, None]*K + here[None, :], mask=real, other=0.)
+        rows = rows.to(tl.float32)
+        if NORM:
+            squares += tl.sum(rows*rows, 1)
+            rows *= tl.load(g + here, mask=here < K, other=0.).to(tl.float32)[None, :]
+        total += tl.sum(tile[:, None, :]*rows[None, :, :], 2)
     return total, squares
 
 # %% ../nbs/11b_kernels.ipynb #471fba05
 @jit
-def _product(x, w, g, n, M, N, K, eps, BM: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-             EARLY: tl.constexpr):
-    "Columns `n` of a product, (BN, BM)"
-    if BM <= FEW:
-        total, squares = _product_few(x, w, g, n, N, K, BM, BN, BK, NORM, EARLY)
-    else:
-        _wait(EARLY)
-        total, squares = tl.zeros((BN, BM), tl.float32), tl.zeros((BM,), tl.float32)
-        for start in range(0, K, BK):
-            k = start + tl.arange(0, BK)
-            rows, more = _inputs(x, g, k, M, K, BM, NORM)
-            squares += more
-            weights = _weights(w, n, k, N, K)
-            total = tl.dot(weights, rows.to(weights.dtype), total,
-                           input_precision=PRECISION)
-    if NORM: total *= tl.rsqrt(squares/K + eps)[None, :]
-    return total
+def _slabs(w, n, k, N, K):
+    "Weights (G, BN, BK) of columns `n` at `k` (G, BK)"
+    real = (n < N)[None, :, None] & (k < K)[:, None, :]
+    return tl.load(w + n[None, :, None]*K + k[:, None, :], mask=real, other=0.)
+
+@jit
+def _rows_at(x, k, M, K, BM: tl.constexpr):
+    "Rows (G, BK, BM) at `k` (G, BK)"
+    m = tl.arange(0, BM)[None, None, :]
+    real = (m < M) & (k < K)[:, :, None]
+    return tl.load(x + m*K + k[:, :, None], mask=real, other=0.)
+
+@jit
+def _product_some(x, w, g, n, M, N, K: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
+                  NORM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):
+    "As `_product_few`, for `M` rows"
+    k = tl.arange(0, G)[:, None]*BK + tl.arange(0, BK)[None, :]
+    weights = _slabs(w, n, k, N, K)
+    _wait(EARLY)
+    total, squares = tl.zeros((G, BN, BM), tl.float32), tl.zeros((BM,), tl.float32)
+    for start in range(0, K, G*BK):
+        here, tile = start + k, weights
+        if K > G*BK: weights = _slabs(w, n, here + G*BK, N, K)
+        rows = _rows_at(x, here, M, K, BM)
+        if NORM:
+            rows = rows.to(tl.float32)
+            squares += tl.sum(tl.sum(rows*rows, 1), 0)
+            rows *= tl.load(g + here, mask=here < K, other=0.).to(tl.float32)[:, :, None]
+        total = tl.dot(tile, rows.to(tile.dtype), total, input_precision=PRECISION)
+    return tl.sum(total, 0), squares
 
 # %% ../nbs/11b_kernels.ipynb #52a2d6b0
 @jit
-def _project(x, w, g, out, M, N, K, eps, BM: tl.constexpr, BN: tl.constexpr,
-             BK: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-             GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+def _product(x, w, g, n, M, N, K: tl.constexpr, eps, BM: tl.constexpr,
+             BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
+             PRECISION: tl.constexpr, EARLY: tl.constexpr):
+    "Columns `n` of a product, (BN, BM)"
+    if G == 0:
+        total, squares = _product_few(x, w, g, n, M, N, K, BM, BN, BK, NORM,
+                                      EARLY)
+    else:
+        total, squares = _product_some(x, w, g, n, M, N, K, BM, BN, BK, G, NORM,
+                                       PRECISION, EARLY)
+    if NORM: total *= tl.rsqrt(squares/K + eps)[None, :]
+    return total
+
+# %% ../nbs/11b_kernels.ipynb #f29f0beb
+@jit
+def _project(x, w, g, out, M, N, K: tl.constexpr, eps, BM: tl.constexpr,
+             BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr,
+             ADD: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
              PRECISION: tl.constexpr, EARLY: tl.constexpr):
     "`out` (M, N) = or += activation(norm(x) w^T), for gated weights times the rest"
     n, m = tl.program_id(0)*BN + tl.arange(0, BN), tl.arange(0, BM)
-    y = _product(x, w, g, n, M, N, K, eps, BM, BN, BK, NORM, PRECISION, EARLY)
+    y = _product(x, w, g, n, M, N, K, eps, BM, BN, BK, G, NORM, PRECISION, EARLY)
     y = _activate(y, ACTIVATION)
     if GATED:
         other = w + N*K
-        y *= _product(x, other, g, n, M, N, K, eps, BM, BN, BK, NORM, PRECISION,
+        y *= _product(x, other, g, n, M, N, K, eps, BM, BN, BK, G, NORM, PRECISION,
                       EARLY)
     to = out + m[None, :]*N + n[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
@@ -126,15 +143,20 @@ def _project(x, w, g, out, M, N, K, eps, BM: tl.constexpr, BN: tl.constexpr,
 MOST = 64 # rows of a product; PyTorch's own products are better at more
 
 def _block(M: int, N: int, K: int) -> dict:
-    "Sizes of a program's tiles, and its warps"
+    "Sizes of a program's tiles, its groups of threads (0: all are one), and its warps"
     whole = max(16, triton.next_power_of_2(K))
-    if M > 2: # tensor cores
-        BM = max(16, triton.next_power_of_2(M))
-        return dict(BM=BM, BN=16, BK=min(whole, 128), num_warps=2,
-                    num_stages=4 if BM == 16 else 3)
-    most = 2048 if K >= 4096 else 1024
-    return dict(BM=M, BN=4 if N < 2048 else 8, BK=min(whole, most), num_warps=4,
-                num_stages=2)
+    if M <= FEW:
+        wide = K >= 2048
+        return dict(BM=triton.next_power_of_2(M), BN=8 if N > 1024 else 4, G=0,
+                    BK=min(whole, 2048 if wide else 1024), num_warps=8 if wide else 4,
+                    num_stages=2)
+    BM, BN, BK, warps = max(8, triton.next_power_of_2(M)), 16, 128, 4
+    if BM == 8 and N <= 1024: warps = 8
+    if N >= (4096 if BM == 8 else 3072):
+        BN, BK, warps = {8: (32, 128, 8), 16: (32, 256, 8)}.get(BM, (32, 64, 4))
+    if BM > 32: BK = 32
+    G = min(8 if BM <= 16 and BK == 128 else 4, max(1, whole//BK))
+    return dict(BM=BM, BN=BN, BK=min(whole, BK), G=G, num_warps=warps, num_stages=1)
 
 def _precision(w: Tensor) -> str: return 'ieee' if w.dtype == torch.float32 else 'tf32'
 
@@ -167,123 +189,159 @@ def project(
 # %% ../nbs/11b_kernels.ipynb #780616da
 @jit
 def _seen(q, keys, values, bias, top, total, out, PRECISION: tl.constexpr):
-    "Take in a block of keys and values (n, D), `bias` (BQ, n) added to their scores"
-    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) + bias
-    most = tl.maximum(top, tl.max(scores, 1))
+    "Take in keys and values (G, n, D), `bias` (G, BQ, n) added to their scores"
+    scores = tl.dot(q, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) + bias
+    most = tl.maximum(top, tl.max(scores, 2))
     base = tl.where(most == -float('inf'), 0., most)  # nothing seen yet
-    p = tl.exp(scores - base[:, None])
+    p = tl.exp(scores - base[:, :, None])
     fade = tl.exp(top - base)
-    out = out*fade[:, None]
+    out = out*fade[:, :, None]
     out = tl.dot(p.to(values.dtype), values, out, input_precision=PRECISION)
-    return most, total*fade + tl.sum(p, 1), out
+    return most, total*fade + tl.sum(p, 2), out
 
 @jit
-def _rows(start, first, step, D, BN: tl.constexpr, BD: tl.constexpr, n):
-    "A block (BN, BD) of rows of `D` numbers, `step` apart; zeros from row `n` on"
-    i, d = first + tl.arange(0, BN), tl.arange(0, BD)
-    return tl.load(start + i[:, None]*step + d[None, :],
-                   mask=(i < n)[:, None] & (d < D)[None, :], other=0.)
+def _together(top, total, out):
+    "What the `G` groups have seen, as one group"
+    most = tl.max(top, 0)[None]
+    fade = tl.exp(top - tl.where(most == -float('inf'), 0., most))
+    return (most, tl.sum(total*fade, 0)[None],
+            tl.sum(out*fade[:, :, None], 0)[None])
+
+@jit
+def _rows(start, i, step, n, D, BD: tl.constexpr):
+    "Rows `i` (G, n) of `D` numbers, `step` apart: (G, n, BD); zeros from row `n` on"
+    d = tl.arange(0, BD)[None, None, :]
+    return tl.load(start + i[:, :, None]*step + d,
+                   mask=(i < n)[:, :, None] & (d < D), other=0.)
+
+@jit
+def _biases(line, queries, keys, n):
+    "Biases (G, BQ, BN) by distance, key minus query; minus infinity from key `n` on"
+    far = keys[:, None, :] - queries[:, :, None]
+    return tl.load(line + far, mask=(keys < n)[:, None, :],
+                   other=-float('inf')).to(tl.float32)
 
 # %% ../nbs/11b_kernels.ipynb #527db0db
 @jit
-def _attend(qkv, cache, line, at, out, k, D, SIZE, MIDDLE, WIDTH,
+def _attend(qkv, cache, line, at, out, k, D, SIZE, MIDDLE, WIDTH, G: tl.constexpr,
             BQ: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
             PRECISION: tl.constexpr, EARLY: tl.constexpr):
     "Causal self-attention of a pass's tokens; their keys and values go to the cache"
-    _wait(EARLY)
     head, row, heads, rows = (tl.program_id(0), tl.program_id(1), tl.num_programs(0),
                               tl.num_programs(1))
-    step = 3*heads*D
-    mine = qkv + row*k*step + head*D
-    q = _rows(mine, 0, step, D, BQ, BD, k)
     keys = cache + (row*heads + head).to(tl.int64)*SIZE*D
     values = keys + (rows*heads).to(tl.int64)*SIZE*D
     first = tl.load(at + row).to(tl.int32)
-    i, j = tl.arange(0, BQ), tl.arange(0, BN)
-    line += head*WIDTH + MIDDLE  # of distance 0, key minus query
-    top = tl.full((BQ,), -float('inf'), tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    y = tl.zeros((BQ, BD), tl.float32)
-    for start in range(0, first, BN):
-        distance = (start + j)[None, :] - (first + i)[:, None]
-        old = (start + j < first)[None, :]
-        bias = tl.load(line + distance, mask=old, other=-float('inf')).to(tl.float32)
-        top, total, y = _seen(q, _rows(keys, start, D, D, BN, BD, first),
-                              _rows(values, start, D, D, BN, BD, first),
-                              bias, top, total, y, PRECISION)
-    new_keys = _rows(mine + heads*D, 0, step, D, BQ, BD, k)
-    new_values = _rows(mine + 2*heads*D, 0, step, D, BQ, BD, k)
-    distance = i[None, :] - i[:, None]
-    bias = tl.load(line + distance, mask=distance <= 0, other=-float('inf'))
-    top, total, y = _seen(q, new_keys, new_values, bias.to(tl.float32), top, total, y,
-                          PRECISION)
-    d = tl.arange(0, BD)
-    mask = (i < k)[:, None] & (d < D)[None, :]
-    to = (first + i)[:, None]*D + d[None, :]
-    tl.store(keys + to, new_keys, mask=mask)
-    tl.store(values + to, new_values, mask=mask)
-    to = out + (row*k + i)[:, None]*heads*D + head*D + d[None, :]
-    tl.store(to, (y/total[:, None]).to(out.dtype.element_ty), mask=mask)
+    i = tl.arange(0, BQ)[None, :]
+    j = tl.arange(0, G)[:, None]*BN + tl.arange(0, BN)[None, :]
+    line += head*WIDTH + MIDDLE  # of distance 0
+    key = _rows(keys, j, D, first, D, BD)
+    value = _rows(values, j, D, first, D, BD)
+    bias = _biases(line, first + i, j, first)
+    _wait(EARLY)
+    step = 3*heads*D
+    mine = qkv + row*k*step + head*D
+    q = _rows(mine, i, step, k, D, BD)
+    q_all = tl.broadcast_to(q, (G, BQ, BD))
+    top = tl.full((G, BQ), -float('inf'), tl.float32)
+    total = tl.zeros((G, BQ), tl.float32)
+    y = tl.zeros((G, BQ, BD), tl.float32)
+    for start in range(0, first, G*BN):
+        top, total, y = _seen(q_all, key, value, bias, top, total, y, PRECISION)
+        more = start + G*BN + j
+        key = _rows(keys, more, D, first, D, BD)
+        value = _rows(values, more, D, first, D, BD)
+        bias = _biases(line, first + i, more, first)
+    top, total, y = _together(top, total, y)
+    key = _rows(mine + heads*D, i, step, k, D, BD)
+    value = _rows(mine + 2*heads*D, i, step, k, D, BD)
+    seen = (i[:, None, :] <= i[:, :, None])
+    bias = tl.where(seen, _biases(line, i, i, BQ), -float('inf'))
+    top, total, y = _seen(q, key, value, bias, top, total, y, PRECISION)
+    d = tl.arange(0, BD)[None, None, :]
+    i = i[:, :, None]
+    mask = (i < k) & (d < D)
+    tl.store(keys + (first + i)*D + d, key, mask=mask)
+    tl.store(values + (first + i)*D + d, value, mask=mask)
+    tl.store(out + (row*k + i)*heads*D + head*D + d,
+             (y/total[:, :, None]).to(out.dtype.element_ty), mask=mask)
 
 # %% ../nbs/11b_kernels.ipynb #d129471d
 @jit
-def _look(q, source, mask, length, out, k, D, SIZE, BQ: tl.constexpr,
+def _look(q, source, mask, length, out, k, D, SIZE, G: tl.constexpr, BQ: tl.constexpr,
           BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
           EARLY: tl.constexpr):
     "Attention of a pass's tokens to the source of their row"
-    _wait(EARLY)
     head, row, heads, rows = (tl.program_id(0), tl.program_id(1), tl.num_programs(0),
                               tl.num_programs(1))
-    queries = _rows(q + row*k*heads*D + head*D, 0, heads*D, D, BQ, BD, k)
     keys = source + (row*heads + head).to(tl.int64)*SIZE*D
     values = keys + (rows*heads).to(tl.int64)*SIZE*D
     n = tl.load(length + row).to(tl.int32)
-    i, j = tl.arange(0, BQ), tl.arange(0, BN)
-    top = tl.full((BQ,), -float('inf'), tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    y = tl.zeros((BQ, BD), tl.float32)
-    for start in range(0, n, BN):
-        bias = tl.load(mask + row*SIZE + start + j, mask=start + j < n,
-                       other=-float('inf')).to(tl.float32)
-        top, total, y = _seen(queries, _rows(keys, start, D, D, BN, BD, n),
-                              _rows(values, start, D, D, BN, BD, n),
-                              bias[None, :], top, total, y, PRECISION)
-    d = tl.arange(0, BD)
-    to = out + (row*k + i)[:, None]*heads*D + head*D + d[None, :]
-    tl.store(to, (y/total[:, None]).to(out.dtype.element_ty),
-             mask=(i < k)[:, None] & (d < D)[None, :])
+    i = tl.arange(0, BQ)[None, :]
+    j = tl.arange(0, G)[:, None]*BN + tl.arange(0, BN)[None, :]
+    mask += row*SIZE
+    key = _rows(keys, j, D, n, D, BD)
+    value = _rows(values, j, D, n, D, BD)
+    bias = tl.load(mask + j, mask=j < n, other=-float('inf'))
+    _wait(EARLY)
+    queries = _rows(q + row*k*heads*D + head*D, i, heads*D, k, D, BD)
+    queries = tl.broadcast_to(queries, (G, BQ, BD))
+    top = tl.full((G, BQ), -float('inf'), tl.float32)
+    total = tl.zeros((G, BQ), tl.float32)
+    y = tl.zeros((G, BQ, BD), tl.float32)
+    for start in range(0, n, G*BN):
+        top, total, y = _seen(queries, key, value, bias.to(tl.float32)[:, None, :],
+                              top, total, y, PRECISION)
+        more = start + G*BN + j
+        key = _rows(keys, more, D, n, D, BD)
+        value = _rows(values, more, D, n, D, BD)
+        bias = tl.load(mask + more, mask=more < n, other=-float('inf'))
+    top, total, y = _together(top, total, y)
+    d = tl.arange(0, BD)[None, None, :]
+    i = i[:, :, None]
+    tl.store(out + (row*k + i)*heads*D + head*D + d,
+             (y/total[:, :, None]).to(out.dtype.element_ty), mask=(i < k) & (d < D))
 
 # %% ../nbs/11b_kernels.ipynb #91ae7cf8
 LONGEST = 16 # tokens a row in one pass
 
-def _head(d: int) -> dict:
-    "Sizes of an attention program"
-    return dict(BQ=16, BD=max(16, triton.next_power_of_2(d)), BN=64, num_warps=4)
+def _head(kv: Tensor) -> dict:
+    "Sizes of a program of attention to keys and values (…, size, d)"
+    size, d = kv.shape[-2:]
+    BD, short = max(16, triton.next_power_of_2(d)), size <= 256
+    BN = 64 if short or kv.element_size() < 4 else 32
+    return dict(G=1 if short else 4, BQ=16, BD=BD, BN=BN, num_warps=4)
 
 def attend(
     qkv: Tensor,   # (rows*k, 3*heads*d)
     cache: Tensor, # (2, rows, heads, size, d), keys and values; written at `at`
     line: Tensor,  # (heads, 2n - 1) biases by distance, n at least `size`
     at: Tensor,    # (rows) int64, position of each row's first token
-    out: Tensor    # (rows*k, heads*d)
+    out: Tensor,   # (rows*k, heads*d)
+    **block        # other sizes than those of `_head`
 ):
     "Self-attention over what a cache holds before `at`, and among the new tokens"
     _, rows, heads, size, d = cache.shape
     k, width = qkv.shape[0]//rows, line.shape[1]
-    _attend[heads, rows](qkv, cache, line, at, out, k, d, size, width//2, width,
-                         PRECISION=_precision(cache), **_head(d), **_early(qkv.device))
+    _attend[heads, rows](
+            qkv, cache, line, at, out, k, d, size, width//2, width,
+            PRECISION=_precision(cache), **{**_head(cache), **block},
+            **_early(qkv.device))
 
 def look(
     q: Tensor,      # (rows*k, heads*d)
     source: Tensor, # (2, rows, heads, size, d), keys and values
     mask: Tensor,   # (rows, size), added to the scores
     length: Tensor, # (rows) int64, tokens of each source
-    out: Tensor     # (rows*k, heads*d)
+    out: Tensor,    # (rows*k, heads*d)
+    **block         # other sizes than those of `_head`
 ):
     "Attention to the source"
     _, rows, heads, size, d = source.shape
-    _look[heads, rows](q, source, mask, length, out, q.shape[0]//rows, d, size,
-                       PRECISION=_precision(source), **_head(d), **_early(q.device))
+    _look[heads, rows](
+            q, source, mask, length, out, q.shape[0]//rows, d, size,
+            PRECISION=_precision(source), **{**_head(source), **block},
+            **_early(q.device))
 
 # %% ../nbs/11b_kernels.ipynb #d921906c
 @jit
@@ -305,13 +363,13 @@ def embed(
 
 # %% ../nbs/11b_kernels.ipynb #378b91f4
 @jit
-def _write(x, w, g, never, out, most, where, total, M, N, K, eps, SHARES,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _write(x, w, g, never, out, most, where, total, M, N, K: tl.constexpr, eps, SHARES,
+           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
            PRECISION: tl.constexpr, EARLY: tl.constexpr):
     "Logits of `BN` tokens, and their shares in the maximum and in the sum"
     share = tl.program_id(0)
     n, m = share*BN + tl.arange(0, BN), tl.arange(0, BM)
-    z = _product(x, w, g, n, M, N, K, eps, BM, BN, BK, True, PRECISION, EARLY)
+    z = _product(x, w, g, n, M, N, K, eps, BM, BN, BK, G, True, PRECISION, EARLY)
     z += tl.load(never + n, mask=n < N, other=-float('inf'))[:, None]
     mask = (m < M)[None, :] & (n < N)[:, None]
     tl.store(out + m.to(tl.int64)[None, :]*N + n[:, None], z, mask=mask)
@@ -368,11 +426,14 @@ def write(
     never: Tensor,   # (vocabulary) fp32, added to the logits: 0 or -inf
     logits: Tensor,  # (M, vocabulary) fp32
     parts: tuple,    # (M*shares) largest, its id and sum, for `choose`
+    **block          # other sizes than those of `_block`
 ):
     "The logits"
     (M, K), N = x.shape, w.shape[0]
     sizes = dict(_block(M, N, K), BN=_width(N))
-    sizes |= dict(BK=min(sizes['BK'], 256), num_warps=sizes['BN']//8)
+    if sizes['G'] == 0: sizes |= dict(BK=min(sizes['BK'], 128))
+    if sizes['G'] > 0: sizes |= dict(BK=min(sizes['BK'], 64), G=4)
+    sizes |= dict(num_warps=sizes['BN']//8) | block
     _write[shares(N),](x, w, scale, never, logits, *parts, M, N, K, eps,
                           shares(N), PRECISION=_precision(w), **sizes,
                           **_early(x.device))
