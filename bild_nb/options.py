@@ -347,15 +347,18 @@ def find_device(device: str | None): # None: a CPU
     if device or not torch.cuda.is_available(): return device
     return f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
 
-def open_task_pair(task, names: tuple, device, threads, dtype, backend): # a `Pair`
+def open_task_pair(task, names: tuple, device, threads, dtype, backend,
+                   kv: str = 'fp32'): # a `Pair`
     "The pair of a task"
     kind = read_precision(dtype, backend)
     quiet()
     import torch
+    from bild_nb.pair import check_kv
     from bild_nb.tasks import open_pair
+    with wrong_use('--kv'): check_kv(kv)
     if threads: torch.set_num_threads(threads)
     pair, _ = open_pair(task, *names, device=find_device(device), dtype=kind,
-                        backend=backend)
+                        backend=backend, kv=kv)
     return pair
 
 # %% ../nbs/87_options.ipynb #b917fac5

@@ -71,8 +71,8 @@ def feed(self: Stream,
          streamer # with `put` and `end`: transformers' `TextIteratorStreamer` and kin
         ):
     "Give one row's tokens to a streamer, after what the text begins with"
-    if len(self.batch.runs) > 1: raise ValueError('a streamer takes one row')
     try:
+        if len(self.batch.runs) > 1: raise ValueError('a streamer takes one row')
         streamer.put(self.batch.ids)
         for token in self: streamer.put(torch.tensor([token], device='cpu'))
     finally: streamer.end()
