@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import one_hot, pad
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -113,11 +113,18 @@ def verify(self: Followed, cache, tokens, at, draft):
     raw = self.forward(cache, tokens, at, draft.shape[1] + 1)
     follow = cache.follow
     z = follow.process(cache.tokens, raw) if follow.processors else raw
-    s = score(raw if self.raw else z, draft.to(z.device, non_blocking=True))
+    chosen = _certain(z, raw)
+    s = score(raw if self.raw else chosen, draft.to(z.device, non_blocking=True))
     if self.keeps and follow.kept is not None:
         n = len(follow.ids(cache.tokens)) - raw.shape[1] + 1
         for i in range(raw.shape[1]): follow.kept[n + i] = raw[:, i].float(), z[:, i]
-    return on_host(s._replace(token=z.argmax(-1), logits=z))
+    return on_host(s._replace(token=chosen.argmax(-1), logits=chosen))
+
+def _certain(z: Tensor, raw: Tensor) -> Tensor:
+    "`z`; where processors made its largest infinite or NaN, only `argmax` is left"
+    odd = ~z.amax(-1).isfinite() & ~raw.isnan().any(-1)
+    one = one_hot(z.argmax(-1), z.shape[-1]).log().to(z.dtype)
+    return torch.where(odd[..., None], one, z)
 
 # %% ../nbs/05_generate.ipynb #2772bf11
 @patch
@@ -277,7 +284,8 @@ def begin(self: Following,
     "Texts of which nothing is written yet"
     asked, words = self.asked, self.large.settings().vocab
     settings = settings_of(self.large.inner, asked, both)
-    ids = forced(asked.input_ids.cpu(), settings, not (keep or streamer))
+    may = not (keep or streamer or len(asked.processors) > 1)
+    ids = forced(asked.input_ids.cpu(), settings, may)
     mask = mask if settings.causal else torch.ones_like(ids)
     _, runs = self._prompts(settings, ids, mask, (None, settings.limit))
     refuse_rows({i: run.error for i, run in enumerate(runs) if run.error})

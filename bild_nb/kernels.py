@@ -67,7 +67,8 @@ def _product_few(x, w, g, n, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.con
         rows = rows.to(tl.float32)
         if NORM:
             squares += tl.sum(rows*rows, 1)
-            rows *= tl.load(g + here, mask=here < K, other=0.).to(tl.float32)[None, :]
+            scale = tl.load(g + here, mask=here < K, other=0.).to(tl.float32)
+            rows *= scale[None, :]
         total += tl.sum(tile[:, None, :]*rows[None, :, :], 2)
     return total, squares
 
@@ -101,7 +102,8 @@ def _product_some(x, w, g, n, M, N, K: tl.constexpr, BM: tl.constexpr,
         if NORM:
             rows = rows.to(tl.float32)
             squares += tl.sum(tl.sum(rows*rows, 1), 0)
-            rows *= tl.load(g + here, mask=here < K, other=0.).to(tl.float32)[:, :, None]
+            scale = tl.load(g + here, mask=here < K, other=0.).to(tl.float32)
+            rows *= scale[:, :, None]
         total = tl.dot(tile, rows.to(tile.dtype), total, input_precision=PRECISION)
     return tl.sum(total, 0), squares
 
@@ -363,9 +365,9 @@ def embed(
 
 # %% ../nbs/11b_kernels.ipynb #378b91f4
 @jit
-def _write(x, w, g, never, out, most, where, total, M, N, K: tl.constexpr, eps, SHARES,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
-           PRECISION: tl.constexpr, EARLY: tl.constexpr):
+def _write(x, w, g, never, out, most, where, total, M, N, K: tl.constexpr, eps,
+           SHARES, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+           G: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):
     "Logits of `BN` tokens, and their shares in the maximum and in the sum"
     share = tl.program_id(0)
     n, m = share*BN + tl.arange(0, BN), tl.arange(0, BM)
