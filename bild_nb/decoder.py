@@ -439,6 +439,9 @@ def _probe(decoder) -> str | None:
     except Exception as e:  # of any kind: the family's own code fails
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         return f'reading several cached tokens fails ({why})'
+    shapes = [tuple(z.shape[:2]) for z in (once, singly, again)]
+    if shapes != [(1, 4), (1, 4), (1, 2)]:
+        return f'passes over 4, 4 x 1 and 2 tokens give logits of shapes {shapes}'
     slack = .01 if decoder.model.dtype == torch.float32 else .3
     worst = max((once - singly).abs().max(), (once[:, 2:] - again).abs().max())
     worst = worst/once.std().clamp(min=1e-6)
