@@ -139,7 +139,7 @@ def check_pair(large: Model, # the model that verifies
 
 def check_kinds(
     large: Model, # the model that verifies
-    small: Model, # the model that drafts; may read the encoder of this `large`
+    small: Model  # the model that drafts; may read the encoder of this `large`
 ):
     "A `ValueError` unless both models are causal, or neither is"
     kinds = ('an encoder-decoder model', 'a causal model')
@@ -152,7 +152,7 @@ def check_kinds(
 
 def common(
     large: Settings, # of the model that verifies; the ends of causal texts are its own
-    small: Settings, # of the model that drafts
+    small: Settings  # of the model that drafts
 ) -> Settings:       # vocabulary and positions: the smaller; `never`: of both
     "What a text follows that two models write; a `ValueError` where they differ"
     for name in () if large.causal else ('start', 'eos', 'pad'):
@@ -258,7 +258,7 @@ def _drafted(self: BigLittleDecoder, run: Run,
 def check_numbers(
     which: str,       # `large` or `small`, for the message
     confidence: list, # top probability of each position; NaN if logits were
-    run: Run,         # gets the error, nothing is raised
+    run: Run          # gets the error, nothing is raised
 ):
     "NaN is unequal to itself: such logits end a text with a `FloatingPointError`"
     if any(p != p for p in confidence):
@@ -336,7 +336,7 @@ def _turns(self: BigLittleDecoder, run: Run):
 def commit(
     run: Run,   # gets the tokens; both caches forget what was refused
     turn: Turn, # with `accepted` set; gets `rollback` and `token`
-    token: int, # the large model's, not written where a whole draft ended the text
+    token: int  # the large model's, not written where a whole draft ended the text
 ):
     "Write what stays of a draft and the `token` after it"
     y, before = run.tokens, len(run.tokens)
@@ -379,7 +379,7 @@ def _turns_together(self: BigLittleDecoder, runs: list):
 
 def sound(
     runs: list, # some may have an `error`
-    *rows,      # lists with an entry for each run
+    *rows       # lists with an entry for each run
 ) -> list:      # lists: the runs that are left, then what is left of each of `rows`
     "`runs`, and what there is for each, without those that an error has ended"
     kept = [i for i, run in enumerate(runs) if not run.error]
@@ -503,7 +503,7 @@ def refuse(errors: dict # by row; if there is none, nothing is raised
 # %% ../nbs/02_decode.ipynb #6392cdd4
 @contextmanager
 def counted(
-    part: list, # texts written at once; an error of a single one passes unchanged
+    part: list # texts written at once; an error of a single one passes unchanged
 ):
     "Let an error for want of memory say how many texts would fit"
     try: yield
@@ -566,7 +566,7 @@ def cut(
     ids,                # (1, length)
     mask,               # (1, length) of 0 and 1, or None
     settings: Settings, # whose `positions` are the limit; None there: nothing is cut
-    ends: set,          # ids of special tokens
+    ends: set           # ids of special tokens
 ):                      # both, cut with a warning
     "At most as many source tokens as positions; `ends` at the source's end are kept"
     most = settings.positions
@@ -609,10 +609,10 @@ def length_limit(settings: Settings,  # of the pair; say what holds if nothing i
 
 # %% ../nbs/02_decode.ipynb #1260f542
 def find_draws(
-    policy: Policy,      # whose accept rule may draw
-    seed: int | None,    # None: torch's generator gives one, where something is drawn
-    row: int,            # number of the text, from 0: each has draws of its own
-    drawn: bool = False, # whether it is, whatever the policy says
+    policy: Policy,     # whose accept rule may draw
+    seed: int | None,   # None: torch's generator gives one, where something is drawn
+    row: int,           # number of the text, from 0: each has draws of its own
+    drawn: bool = False # whether it is, whatever the policy says
 ) -> Draws | None:
     "What a text is drawn with; None: its policy draws nothing"
     for name, value in dict(seed=0 if seed is None else seed, row=row).items():
@@ -665,7 +665,7 @@ def plainly(
     lengths,                # `max_new_tokens` and `max_length`, each may be None
     seed,                   # as of `find_draws`
     row,                    # number of the first row
-    settings,               # none: with any, `bild_nb.generate.prepare` is asked
+    settings                # none: with any, `bild_nb.generate.prepare` is asked
 ) -> tuple:
     "Who writes, what texts begin with, a `Run` for each"
     both = bild._settings()
