@@ -326,7 +326,7 @@ def _again(kind, arguments, backend, threads):
 # %% ../nbs/01_decoder.ipynb #541e24eb
 def rollback_cache(
     cache: EncoderDecoderCache, # static or growing; cross-attention stays
-    n: int,                     # tokens to forget, counted from the end
+    n: int                      # tokens to forget, counted from the end
 ) -> None:
     "Forget the last `n` tokens of the self-attention cache, without a copy"
     for layer in cache.self_attention_cache.layers:
@@ -401,7 +401,7 @@ def forward(self: Decoder,
     cache: PlainCache, # of `open`
     tokens,            # (1, k) int64
     at,                # [position of the first]; later ones are forgotten
-    last=None,         # logits of so many of the last tokens only; None: of all
+    last=None          # logits of so many of the last tokens only; None: of all
 ) -> Tensor:           # (1, k or last, vocabulary); -inf for ids that are never written
     "As `Model.forward`"
     (at,), k, settings = at, tokens.shape[1], cache.settings
@@ -439,7 +439,7 @@ def check_position(at: int,    # position of a pass's first token
 PROBED = {}  # what a model is made of to what is wrong with it, or None
 
 def probe(
-    decoder: Model, # an encoder-decoder; each kind of model is tried once a process
+    decoder: Model # an encoder-decoder; each kind of model is tried once a process
 ):
     "A `ValueError` if the model's family cannot read cached tokens several at once"
     model = decoder.model
