@@ -195,8 +195,8 @@ class Drawn(AcceptRule):
 
 # %% ../nbs/05_generate.ipynb #1cdca823
 def sampled(
-    policy: Policy, # without quirks, else a `ValueError`
-) -> Policy:        # speculative sampling where the rule has a target, else `Drawn`
+    policy: Policy # without quirks, else a `ValueError`
+) -> Policy:       # speculative sampling where the rule has a target, else `Drawn`
     "The policy with tokens that are drawn"
     if policy.quirks:
         raise ValueError(f"do_sample=True: the authors' program {policy} draws nothing")
@@ -273,7 +273,7 @@ class Following(BigLittleDecoder):
     "The loop for one call, following what was asked"
     def __init__(self,
         bild: BigLittleDecoder, # whose models and policy write
-        asked: Asked,           # a `ValueError` for what cannot be followed of it
+        asked: Asked            # a `ValueError` for what cannot be followed of it
     ):
         refuse(asked.config, asked.processors)
         policy, self.asked = bild.policy, asked
@@ -294,9 +294,9 @@ class Following(BigLittleDecoder):
 
 # %% ../nbs/05_generate.ipynb #0df6b7e6
 def settings_of(
-    model: Model,   # the large one, wrapped
-    asked: Asked,   # its config and stopping criteria say start, ends, length, pad
-    both: Settings, # vocabulary, positions and forbidden ids
+    model: Model,  # the large one, wrapped
+    asked: Asked,  # its config and stopping criteria say start, ends, length, pad
+    both: Settings # vocabulary, positions and forbidden ids
 ) -> Settings:
     "The `Settings` of texts that follow what was asked; `both`: of the pair"
     m, criteria = model.model, asked.criteria
@@ -319,7 +319,7 @@ def begin(self: Following,
     seed,
     row: int,           # as of `BigLittleDecoder.generate`
     keep: bool = False, # whether the large model's logits are kept
-    streamer=None,      # gets the tokens of each turn; None: nobody does
+    streamer=None       # gets the tokens of each turn; None: nobody does
 ) -> tuple:             # (rows, length) of what texts begin with, a `Run` for each
     "Texts of which nothing is written yet"
     asked, words = self.asked, self.large.settings().vocab
@@ -529,7 +529,7 @@ RETURNS = 'return_dict_in_generate', 'output_scores', 'output_logits'
 
 def check_names(
     settings: dict, # by name; unknown ones are a `TypeError`
-    policy: Policy, # one that draws makes settings of sampling mean something
+    policy: Policy  # one that draws makes settings of sampling mean something
 ):
     "Refuse by name what no one follows, or what would do nothing"
     known = vars(GenerationConfig()).keys() | ARGUMENTS
@@ -558,7 +558,7 @@ def check_config(settings: dict # of a `GenerationConfig`, by name
 def configured(
     bild: BigLittleDecoder, # whose tokenizer and policy count
     settings: dict,         # of `generate`, by name
-    limit: int | None,      # longest text in tokens; None: the config given says it
+    limit: int | None       # longest text in tokens; None: the config given says it
 ) -> tuple:                 # `GenerationConfig`, dict of processors, criteria and so on
     "The config that settings make, and what else `generate` is to be given"
     more = {k: v for k, v in settings.items() if k in ARGUMENTS and v is not None}
@@ -607,7 +607,7 @@ def prepare(
     lengths,                # `max_new_tokens` and `max_length`, each may be None
     seed,                   # of drawn texts; None: torch's generator gives one
     row,                    # number of the first row
-    settings,               # by name, at least one
+    settings                # by name, at least one
 ) -> tuple:                 # who writes, what texts begin with, a `Run` for each
     "As `plainly`, for settings of transformers' `generate`"
     check_names(settings, bild.policy)
