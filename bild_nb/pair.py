@@ -291,8 +291,8 @@ def _quiet():
 
 # %% ../nbs/06_pair.ipynb #667e9b37
 def check_loaded(
-    model,      # that transformers loaded; weights it has no use for are warned of
-    info: dict, # of `from_pretrained(output_loading_info=True)`
+    model,     # that transformers loaded; weights it has no use for are warned of
+    info: dict # of `from_pretrained(output_loading_info=True)`
 ):
     "Raise a `ValueError` unless config and weights had the same tensors"
     kinds = 'missing_keys', 'mismatched_keys', 'unexpected_keys'
@@ -369,7 +369,7 @@ def thin_model(
     dtype,        # torch's
     device,       # outlines are for a CPU only
     large,        # of transformers; lends its encoder to a small model without one
-    thin: bool,   # whether an outline will do, whose weights stay in their files
+    thin: bool    # whether an outline will do, whose weights stay in their files
 ):
     "An outline, or a model on the encoder of `large`; None: it is loaded as usual"
     thin = thin and device.type == 'cpu'
@@ -393,7 +393,7 @@ TOKENIZERS = 'tokenizer*', '*.model', '*.spm', 'vocab*'  # files that make a tok
 
 def find_tokenizer(
     source: str, # a folder or a hub id
-    local: bool, # use only what was downloaded before
+    local: bool  # use only what was downloaded before
 ):               # a `ValueError` if its files are there and cannot be read
     "The tokenizer of a folder or a hub id; None where there is none"
     try:
@@ -550,8 +550,8 @@ def check_tokenizer(self: Pair):
     raise ValueError('this pair came without a tokenizer: save one in its folders')
 
 def check_texts(
-    texts: list,               # should be strings with something in them
-    names: list | None = None, # how the error calls each; None: `text 0`, `text 1`, …
+    texts: list,              # should be strings with something in them
+    names: list | None = None # how the error calls each; None: `text 0`, `text 1`, …
 ):
     "Raise a `ValueError` that counts the texts that are none"
     names = names or [f'text {i}' for i in range(len(texts))]
@@ -564,7 +564,7 @@ def check_texts(
 
 @patch
 def source_limit(self: Pair,
-    max_source: int | None = None, # includes the special tokens
+    max_source: int | None = None # includes the special tokens
 ) -> int: # at most the positions of both models; 1024 if nothing is stated
     "The longest source, in tokens; by None what the tokenizer states"
     ends = self.tokenizer.num_special_tokens_to_add()
