@@ -19,11 +19,13 @@ from .policy import check, is_argmax, named, pick
 # %% ../nbs/04_accept.ipynb #4b1f08cc
 BOTH = frozenset({'large', 'small'})  # of rules that read both models
 
-def chances(logits: Tensor) -> Tensor:
+def chances(logits: Tensor # (..., vocabulary), of any float type
+           ) -> Tensor:    # the same shape
     "Probabilities in fp32"
     return logits.float().softmax(-1)
 
-def entropy(p: Tensor) -> Tensor: # (..., 1)
+def entropy(p: Tensor   # (..., vocabulary), probabilities
+           ) -> Tensor: # (..., 1)
     "$H(p) = -\\sum_v p(v) \\ln p(v)$ in nats"
     return torch.special.entr(p).sum(-1, keepdim=True)
 
@@ -52,12 +54,19 @@ class Region(Limits, AcceptRule):
                q: Tensor  # likewise of the small one; None unless the rule needs it
               ) -> Tensor: # (..., g, vocabulary) bool, or (..., g, 1) for all tokens
         raise NotImplementedError
-    def keep(self, large, draft, small=None):
+    def keep(self,
+             large,     # with logits (rows, g or more, vocabulary)
+             draft,     # (rows, g) tokens, on the host
+             small=None # (rows, g, vocabulary) logits, if the rule needs them
+            ):          # (rows, g) bool
         p = chances(large.logits[:, :draft.shape[-1]])
         q = None if small is None else chances(small)
         inside = at(self.region(p, q).expand_as(p), draft)
         return inside | is_argmax(large, draft)
-    def target(self, p, q):
+    def target(self,
+        p, # (..., g, vocabulary) of the large model
+        q  # likewise of the small one
+    ):     # likewise: q inside of the region, the rest of its mass in proportion to p
         "The distribution that is drawn from, of $p$ and $q$ like these"
         own = q*self.region(p, q)
         return own + (1 - own.sum(-1, keepdim=True)).clamp(min=0)*p
@@ -164,7 +173,12 @@ def drafted(draft: Draft) -> Tensor: # (rows, g) bool
     "Where a row's draft has a token: others of the batch may be longer"
     return torch.arange(draft.tokens.shape[-1]) < draft.n[:, None]
 
-def both(large: Scores, small: Tensor | None, draft: Draft, of=None) -> tuple:
+def both(
+    large: Scores, # logits (rows, g + 1, vocabulary)
+    small: Tensor | None, # (rows, g or more, vocabulary) logits; None without a draft
+    draft: Draft, # of the turn
+    of=None # rule whose target stands for p where there is a draft; None: p itself
+) -> tuple:
     "Target and $q$, (rows, g + 1, vocabulary) each; behind a draft $q$ is 0"
     p, g = chances(large.logits), draft.tokens.shape[-1]
     if not g: return p, torch.zeros_like(p)
@@ -181,7 +195,10 @@ class Ensemble(Limits, AcceptRule):
     "Keep what a weighted mean of both models would write, and write that"
     w: float  # the large model's weight, from 0 to 1
     low, high, needs = dict(w=0), dict(w=1), BOTH
-    def target(self, p, q): return self.w*p + (1 - self.w)*q
+    def target(self,
+               p, # (..., vocabulary) of the large model
+               q  # likewise of the small one
+              ): return self.w*p + (1 - self.w)*q
     def keep(self, large, draft, small): return is_argmax(large, draft)
     def judge(self, large, small, draft, state=None, draws=None):
         g = draft.tokens.shape[-1]
@@ -255,7 +272,11 @@ class Rejection(AcceptRule):
     def __post_init__(self):
         if self.of is None or hasattr(self.of, 'target'): return
         raise ValueError(f'{self.of!r} has no distribution that could be drawn from')
-    def compared(self, large, small, draft):
+    def compared(self,
+        large, # logits (rows, g + 1, vocabulary)
+        small, # (rows, g or more, vocabulary) logits
+        draft # of the turn
+    ): # target and q, (rows, g + 1, vocabulary); their ratio at the draft, (rows, g)
         (p, q), g = both(large, small, draft, self.of), draft.tokens.shape[-1]
         return p, q, at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
     def judge(self, large, small, draft, state=None, draws=None):
