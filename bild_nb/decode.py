@@ -186,14 +186,14 @@ class Run:
     "One text while it is written: all that changes"
     tokens: list               # accepted so far, start tokens or prompt included
     limit: int                 # the longest that they may become
-    settings: Settings # what both models of the pair follow
-    trace: Trace # counts, and turns if they are kept
+    settings: Settings             # what both models of the pair follow
+    trace: Trace                   # counts, and turns if they are kept
     large: Cache | None = None  # None: the policy does not ask this model
-    small: Cache | None = None # the same of the small model
+    small: Cache | None = None     # the same of the small model
     large_at: int = 0          # position that the large model reads next
-    small_at: int = 0 # position that the small model reads next
+    small_at: int = 0              # position that the small model reads next
     draft_state: object = None  # of the policy's rules
-    accept_state: object = None # what the accept rule's `begin` gave
+    accept_state: object = None    # what the accept rule's `begin` gave
     farthest: float | None = None  # of the policy; None: the rule is asked
     draws: Draws | None = None     # None: nothing is drawn
     name: str = ''                 # for errors: which row it is, if there are several
