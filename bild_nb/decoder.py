@@ -47,7 +47,7 @@ class Settings:
     start: tuple           # ids every text begins with: start token, forced first token
                            # (none of a causal model: a text begins with its prompt)
     eos: frozenset         # ids that end a text
-    pad: int | None # id that fills shorter rows of a batch; None: there is none
+    pad: int | None        # id that fills shorter rows of a batch; None: there is none
     never: tuple           # ids that are never written
     vocab: int             # ids that can be written are below this
     limit: int | None      # longest text, start included, by the generation config
@@ -340,7 +340,7 @@ class PlainCache(Cache):
     "transformers' own cache, and how many tokens it holds"
     kv: EncoderDecoderCache # keys and values of decoder and source
     encoded: BaseModelOutput # what the decoder reads of the source
-    mask: Tensor | None # (rows, source length) of 0 and 1; None: all is source
+    mask: Tensor | None  # (rows, source length) of 0 and 1; None: all is source
     never: Tensor | None # ids that are never written
     length: int = 0      # tokens read
 
