@@ -49,7 +49,7 @@ class Follow:
     prompt: list           # what the text begins with, as `generate` has it
     begun: int             # tokens that our text begins with, without padding
     row: int               # its number among `rows`
-    rows: int # of the batch that transformers prepared
+    rows: int              # of the batch that transformers prepared
     words: int             # the vocabulary that the processors expect
     kept: dict | None = None  # (raw, processed) logits by length of the prefix, if kept
     streamer: object = None # gets the tokens of each turn; None: nobody does
@@ -248,10 +248,10 @@ def refuse(config: GenerationConfig, # all that was asked, of transformers
 @dataclass
 class Asked:
     "What transformers' `generate` hands to a `custom_generate`"
-    model: object # the large one, of transformers
+    model: object          # the large one, of transformers
     input_ids: Tensor      # (rows, length): decoder starts, or prompts
-    processors: list # what changes logits, a `LogitsProcessorList`
-    criteria: list # what ends texts, a `StoppingCriteriaList`
+    processors: list       # what changes logits, a `LogitsProcessorList`
+    criteria: list         # what ends texts, a `StoppingCriteriaList`
     config: GenerationConfig # with this call's settings in it
     inputs: Tensor | None  # what the encoder reads, (rows before they are repeated, …)
     more: dict             # what else would go to the model
