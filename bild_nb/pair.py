@@ -411,8 +411,8 @@ def find_tokenizer(
 @dataclass
 class Pair:
     "A large and a small model that share a vocabulary, and what they share"
-    large: Model # verifies drafts; its tokens decide
-    small: Model # drafts; has the same vocabulary
+    large: Model                  # verifies drafts; its tokens decide
+    small: Model                  # drafts; has the same vocabulary
     tokenizer: object = None      # None: token ids only
     policy: Policy | None = None  # of `translate`; None: `Policy.bild(0.6, 2)`
     def __post_init__(self): self.policy = as_policy(self.policy)
