@@ -33,7 +33,7 @@ class Attention:
     norm: Tensor # (d_model) scales what it reads
     q: Tensor    # (heads*d_kv, d_model)
     k: Tensor    # (kv_heads*d_kv, d_model), and so is v
-    v: Tensor # (kv_heads*d_kv, d_model)
+    v: Tensor    # (kv_heads*d_kv, d_model)
     o: Tensor    # (d_model, heads*d_kv)
     bias: list | None = None   # of q, k and v
     scales: list | None = None # (d_kv) of the norms of a query's and a key's head
@@ -48,9 +48,9 @@ class Feed:
 @dataclass
 class Block:
     "One layer of an encoder or decoder"
-    attention: Attention # to the tokens of its own stack
+    attention: Attention    # to the tokens of its own stack
     cross: Attention | None # an encoder has none
-    feed: Feed # comes last
+    feed: Feed              # comes last
 
 # %% ../nbs/10_engine.ipynb #9cc7f5d2
 @dataclass
@@ -66,14 +66,14 @@ class Stack:
 class Family:
     "A model by the roles of its weights"
     encoder: Stack | None # None: it continues its prompt, or reads another's output
-    decoder: Stack # always there
+    decoder: Stack    # always there
     head: Tensor      # (vocabulary, d_model), the output matrix
     scale: float      # of the decoder's last hidden state
-    heads: int # of queries
+    heads: int        # of queries
     d_kv: int         # width of a head
-    d_model: int # width of a hidden state
-    d_ff: int # width inside of a feed-forward layer
-    gated: bool # whether a feed-forward layer has two matrices in
+    d_model: int      # width of a hidden state
+    d_ff: int         # width inside of a feed-forward layer
+    gated: bool       # whether a feed-forward layer has two matrices in
     activation: str   # a name in `ACTIVATIONS`
     eps: float        # of the norms
     kv_heads: int = 0 # heads of keys and values; 0: as many as of queries
