@@ -51,9 +51,9 @@ class Protocol:
 @dataclass
 class Job:
     "What is to be measured, and how"
-    task: Task # data set, metric and longest texts
-    pair: Pair # on its device, with a tokenizer
-    rows: Rows # examples with source and reference
+    task: Task               # data set, metric and longest texts
+    pair: Pair               # on its device, with a tokenizer
+    rows: Rows               # examples with source and reference
     protocol: Protocol = Protocol() # what is timed, and how often
     kind: str = 'other'      # of the small model, as `open_pair` gives it
     names: tuple = ('', '')  # of the two checkpoints
