@@ -243,7 +243,7 @@ def pick(weights: Tensor, # (rows, vocabulary) at least 0, their sum is any
 @dataclass(frozen=True)
 class Draws:
     "The uniform numbers of one text"
-    seed: int
+    seed: int     # of the text, or of all texts of a batch
     row: int = 0  # of the batch that the text is in
     def __call__(self,
                  start: int, # position at which the turn begins
