@@ -166,7 +166,7 @@ def unpack(out: Path  # a run folder
 @dataclass
 class Results:
     "A run folder, read"
-    info: dict
+    info: dict     # what `run.json` holds
     records: dict  # by policy, lists in the same order of examples
     failed: list   # (id, policy, error)
     missing: int   # examples not done yet
