@@ -20,13 +20,13 @@ from .data import offline, read_texts, said
 @dataclass(frozen=True)
 class Task:
     "A data set, how to read and score it, and the models for it"
-    name: str
+    name: str                    # in commands, run folders and tables
     data: str = ''               # a hub id, a local folder or file, or `shipped`
     source: str = ''             # column path of the input; '': the first usual name
     target: str = ''             # column path of the reference, likewise
     id: str = ''                 # column path of unique ids; '': `id`, or row numbers
     config: str | None = None    # configuration of the data set
-    split: str = 'validation'
+    split: str = 'validation'    # of the data set; a file has none
     prefix: str = ''             # put before every input
     metric: str = 'bleu'         # `bleu`, `rouge`, `chrf`, and settings: `bleu:zh`
     max_source: int = 1024       # tokens
@@ -238,7 +238,7 @@ def pairs(
 @dataclass
 class Rows:
     "Examples: dictionaries `id`, `source` (with its prefix) and `reference`"
-    rows: list
+    rows: list      # those that are whole, in the order of the data
     origin: str     # where they were loaded from
     left_out: dict  # reason -> dict(count, first)
 
