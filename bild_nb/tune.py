@@ -102,8 +102,8 @@ class Goal:
 @dataclass
 class Generations:
     "Records of policies on the examples of a job, each made once"
-    run: Run
-    job: Job
+    run: Run     # where records are kept, so that a resume finds them
+    job: Job     # task, pair and rows
     bar: object  # shows each that is made
 
     def __call__(self, policy: str, examples: range) -> list:
@@ -213,7 +213,7 @@ def promise(generate,          # records of a policy on a range of examples
 @dataclass
 class Balance:
     "What BiLD costs with a pair, and what would make it as fast as the large model"
-    policy: str
+    policy: str                # its text
     speedup: float             # by the cost model
     step: float                # of the small model, in steps of the large one
     step_needed: float | None  # None: none is short enough
@@ -279,7 +279,7 @@ def halves(rows: Rows,    # examples
 @dataclass
 class Search:
     "What the trials of `tune` found"
-    trials: list
+    trials: list    # dicts, in the order in which candidates were tried
     generated: int  # texts
     full: int       # texts that a full evaluation would have taken
     balance: Balance  # of the candidate that is the fastest by the cost model
