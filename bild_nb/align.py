@@ -197,7 +197,7 @@ def write_model(small,       # with the weights that were chosen
 
 def read_alignment(
     out:str|Path # folder of an aligned model
-)->dict: # settings, agreement before, best, finalists, log of each rate
+)->dict:         # settings, agreement before, best, finalists, log of each rate
     "What `align` wrote about a model"
     return read_json(Path(out)/RESULT)
 
