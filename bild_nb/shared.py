@@ -71,7 +71,8 @@ def project(weight: Tensor | None, # (width of the small model, of the large one
 def share_encoder(small, # a T5 or mT5
                   large  # likewise, of any size, in eval mode
                  ):      # a new model
-    "`small` without its encoder, reading that of `large` instead"
+    """`small` without its encoder, reading that of `large` instead;
+    a `ValueError` unless both are T5 or mT5"""
     for model in (small, large):
         if model.config.model_type in ('t5', 'mt5'): continue
         raise ValueError(f'{type(model).__name__} cannot share an encoder: '
