@@ -157,7 +157,7 @@ def joined(ids: Tensor,     # (rows, length): the prompts as they came
 def plain_model(model,         # a transformers model
                 tokenizer=None # shows texts in traces
                ) -> Model:
-    "The plain backend for a `model`: `Decoder` or `Causal`, by its config"
+    "The plain backend for a `model`: `Decoder` or `Causal`; else a `ValueError`"
     config = getattr(model, 'config', None)
     if getattr(config, 'is_encoder_decoder', False): return Decoder(model, tokenizer)
     if not hasattr(model, 'get_output_embeddings') or not model.get_output_embeddings():
