@@ -168,7 +168,8 @@ def common(
 
 # %% ../nbs/02_decode.ipynb #bdc93a77
 class BigLittleDecoder:
-    "BiLD: a small model drafts, a large one verifies, a `Policy` decides"
+    """BiLD: a small model drafts, a large one verifies, a `Policy` decides
+    (paper, sections 3.2 to 3.5 and Algorithm 1)"""
     def __init__(self,
                  large,       # a `Model`, or a transformers model that writes text
                  small,       # likewise, with the same vocabulary
@@ -614,7 +615,7 @@ def find_draws(
     row: int,           # number of the text, from 0: each has draws of its own
     drawn: bool = False # whether it is, whatever the policy says
 ) -> Draws | None:
-    "What a text is drawn with; None: its policy draws nothing"
+    "What a text is drawn with; None: nothing; a `ValueError` for a useless `seed`"
     for name, value in dict(seed=0 if seed is None else seed, row=row).items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole: raise ValueError(f'{name}={value!r}: give a whole number')
@@ -638,7 +639,9 @@ def generate(self: BigLittleDecoder,
              row: int = 0,        # the number of the first row: each draws its own
              **settings           # of transformers' `generate`: see `bild_nb.generate`
             ) -> Output:
-    "Write a text for each row; errors have a `partial` output, see above"
+    """Write a text for each row. A `TypeError`, `ValueError` or `IndexError` says what
+    is wrong with the input, a `FloatingPointError` which rows have NaN logits; errors
+    have a `partial` output, see above"""
     lengths = max_new_tokens, max_length
     batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row, settings)
     with batch.writer._running(batch): deque(batch.writer._write(batch), 0)
