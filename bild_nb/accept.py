@@ -75,7 +75,7 @@ class Region(Limits, AcceptRule):
 @named('relative')
 @dataclass(frozen=True)
 class Relative(Region):
-    "Keep while the large model's best token is not much likelier"
+    "Keep while the large model's best token is not much likelier (Narasimhan et al.)"
     alpha: float  # nats, at least 0
     low = dict(alpha=0)
     def region(self, p, q=None):
@@ -85,7 +85,8 @@ class Relative(Region):
 @named('tokenv1')
 @dataclass(frozen=True)
 class TokenV1(Region):
-    "Keep what the small model finds about as likely as the large one its best"
+    """Keep what the small model finds about as likely as the large one its best
+    (Narasimhan et al., ICLR 2025)"""
     alpha: float  # a difference of probabilities, of either sign
     low, needs = dict(alpha=-math.inf), BOTH
     def region(self, p, q): return q >= p.amax(-1, keepdim=True) - self.alpha
@@ -93,7 +94,7 @@ class TokenV1(Region):
 @named('tokenv2')
 @dataclass(frozen=True)
 class TokenV2(Region):
-    "Keep what the large model finds about as likely as its best"
+    "Keep what the large model finds about as likely as its best (Narasimhan et al.)"
     alpha: float  # a difference of probabilities, at least 0
     low = dict(alpha=0)
     def region(self, p, q=None): return p >= p.amax(-1, keepdim=True) - self.alpha
@@ -102,7 +103,7 @@ class TokenV2(Region):
 @named('chow')
 @dataclass(frozen=True)
 class Chow(Region):
-    "Keep where the small model is sure"
+    "Keep where the small model is sure (Narasimhan et al., eq. 2)"
     alpha: float  # a probability, or a difference of them, of either sign
     low, needs = dict(alpha=-math.inf), BOTH
     def region(self, p, q): return q.amax(-1, keepdim=True) >= 1 - self.alpha
@@ -110,7 +111,8 @@ class Chow(Region):
 @named('diff')
 @dataclass(frozen=True)
 class Diff(Chow):
-    "Keep where the small model is about as sure as the large one"
+    """Keep where the small model is about as sure as the large one
+    (Narasimhan et al., eq. 5)"""
     def region(self, p, q):
         top = p.amax(-1, keepdim=True)
         return q.amax(-1, keepdim=True) >= top - self.alpha
@@ -118,7 +120,8 @@ class Diff(Chow):
 @named('opt')
 @dataclass(frozen=True)
 class OPT(Chow):
-    "Keep where the small model is sure enough for how far apart the two are"
+    """Keep where the small model is sure enough for how far apart the two are
+    (Narasimhan et al., eq. 10)"""
     def region(self, p, q):
         far = (q - p).clamp(min=0).sum(-1, keepdim=True)  # total variation
         return q.amax(-1, keepdim=True) >= p.amax(-1, keepdim=True) - self.alpha*far
@@ -147,7 +150,7 @@ class TypicalNats(Region):
 @named('topk')
 @dataclass(frozen=True)
 class TopK(Region):
-    "Keep one of the k best that is not much less likely than the best"
+    "Keep one of the k best not much less likely than the best (TensorRT-LLM)"
     k: float      # whole number of tokens, at least 1
     delta: float  # a difference of probabilities, at least 0
     low, whole = dict(k=1, delta=0), ('k',)
@@ -160,7 +163,8 @@ class TopK(Region):
 @named('kl')
 @dataclass(frozen=True)
 class KL(Region):
-    "Keep where the small model's distribution is close, unless the large one is sure"
+    """Keep where the small model's distribution is close, unless the large one is sure
+    (arXiv 2601.04766)"""
     tau: float  # nats, at least 0
     low, needs = dict(tau=0), BOTH
     def region(self, p, q):
@@ -192,7 +196,7 @@ def both(
 @named('ensemble')
 @dataclass(frozen=True)
 class Ensemble(Limits, AcceptRule):
-    "Keep what a weighted mean of both models would write, and write that"
+    "Keep what a weighted mean of both models would write, and write that (DIVERSED)"
     w: float  # the large model's weight, from 0 to 1
     low, high, needs = dict(w=0), dict(w=1), BOTH
     def target(self,
@@ -325,7 +329,8 @@ class Margin(Limits, DraftRule):
 @named('survival')
 @dataclass(frozen=True)
 class Survival(Limits, DraftRule):
-    "Stop before the product of all confidences of the draft falls below a number"
+    """Stop before the product of all confidences of the draft falls below a number
+    (SpecDec++ in its simplest form)"""
     s: float  # a probability, at least 0
     low, reads_logits = dict(s=0), False
     def begin(self, rows): return torch.ones(rows)
@@ -337,7 +342,8 @@ class Survival(Limits, DraftRule):
 @named('adaptive')
 @dataclass(frozen=True)
 class Adaptive(Limits, DraftRule):
-    "Longer drafts after one that stayed whole, shorter ones after others"
+    """Longer drafts after one that stayed whole, shorter ones after others
+    (`heuristic` of transformers)"""
     k: float  # tokens of the first draft, a whole number of at least 1
     low, whole, least = dict(k=1), ('k',), 0.
     def begin(self, rows): return torch.full((rows,), self.k)
