@@ -354,7 +354,7 @@ def forced(ids: Tensor,        # (rows, length) decoder starts, on the host
 
 # %% ../nbs/05_generate.ipynb #5ed485b8
 def chosen(policy, fallback, rollback): # None: nothing was said
-    "The policy that the arguments name"
+    "The policy that the arguments name; a `ValueError` if they name two"
     if fallback is None and rollback is None: return policy
     if policy is not None: raise ValueError('give policy, or fallback and rollback')
     usual = as_policy(None)
@@ -377,7 +377,7 @@ def decoder_of(model,       # the large one, of transformers
                policy,      # a `Policy`, its text, or None: 0.6,2
                bild         # a whole pair of this `model`; then nothing else is given
               ) -> BigLittleDecoder:
-    "The pair that a call is about"
+    "The pair that a call is about; a `ValueError` if it names none, or two"
     if bild is not None:
         if small_model is not None or policy is not None:
             raise ValueError('bild= has a small model and a policy: give it alone')
