@@ -72,7 +72,8 @@ def stream(self: BigLittleDecoder,
 def feed(self: Stream,
          streamer # with `put` and `end`: transformers' `TextIteratorStreamer` and kin
         ):
-    "Give one row's tokens to a streamer, after what the text begins with"
+    """Give a text's tokens to a streamer, after what it begins with; a `ValueError` for
+    several rows"""
     try:
         if len(self.batch.runs) > 1: raise ValueError('a streamer takes one row')
         streamer.put(self.batch.ids)
