@@ -101,7 +101,8 @@ def decoder_for(model,                  # a transformers model that writes text
                 backend: str = 'auto',  # a name in `BACKENDS`
                 int8: bool = False      # weights in int8: `native` and `engine`
                ) -> Model:
-    "`model` as the loop uses it: on the fastest backend, or on one asked for by name"
+    """`model` as the loop uses it: on the fastest backend, or on one asked for by name;
+    a `ValueError` says why that one, or every one, cannot run it"""
     check_backend(backend)
     if backend == 'auto': return fastest(model, tokenizer, int8)
     try: return BACKENDS[backend].make(model, tokenizer, int8)
@@ -170,7 +171,7 @@ def read_json(file: Path # of UTF-8 text
     return found
 
 def shapes(file: Path) -> dict:  # name to shape
-    "The tensors in a file of weights; none is read"
+    "The tensors in a file of weights, none read; a `ValueError` if it is damaged"
     try:
         if file.suffix == '.safetensors':
             with safe_open(file, 'pt') as f:
@@ -248,14 +249,14 @@ def misfit(name: str,      # of an entry of a config
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 def dtype_name(dtype) -> str:  # a name in `DTYPES`, or `int8`
-    "The name of a type: `fp16`, say, for itself and for `torch.float16`"
+    "The name of a type: `fp16` for itself and for `torch.float16`; or a `ValueError`"
     for name, kind in dict(DTYPES, int8=torch.int8).items():
         if dtype in (name, kind): return name
     legal = f'{", ".join(DTYPES)} and int8, or torch.float16 and its like'
     raise ValueError(f'dtype {dtype!r}: the legal are {legal}')
 
 def pair_dtypes(dtype) -> tuple:  # (of the large model, of the small one)
-    "Two types from one or two"
+    "Two types from one or two; a `ValueError` for any other"
     both = dtype if isinstance(dtype, (tuple, list)) else (dtype, dtype)
     if len(both) == 2: return tuple(map(dtype_name, both))
     raise ValueError(f'dtype={dtype!r}: give one type, or a (large, small) pair')
@@ -326,7 +327,8 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
                large=None,   # the transformers model whose encoder a small one reads
                thin: bool = False # whether an outline will do, see `filled`
               ) -> tuple:    # the model, and its tokenizer or None
-    "A model in eval mode and its tokenizer. Runs no code of the folder's"
+    """A model in eval mode and its tokenizer. Runs no code of the folder's;
+    a `ValueError` for what cannot be read, is damaged, or does not fit in memory"""
     name, device = dtype_name(dtype), find_device(device)
     if name == 'int8':
         raise ValueError('dtype int8 is made by a backend: give it to load_pair')
@@ -455,7 +457,8 @@ def set_threads(self: Pair,
 def keep_kv(self: Pair,
             kv: str # fp32, bf16, int8; other than fp32 is a choice of `native` only
            ):
-    "Say in what both models keep the keys and values of texts that are opened later"
+    """Say in what both models keep the keys and values of texts that are opened later;
+    a `ValueError` if their backends cannot"""
     check_kv(kv)
     for m in (self.large, self.small):
         if hasattr(m, 'keep_kv'): m.keep_kv(kv)
@@ -471,7 +474,7 @@ def check_kv(kv: str # should be fp32, bf16 or int8
 
 def pair_threads(threads # a number, a (large, small) pair; None, `auto`: torch's own
                 ) -> tuple:
-    "The two numbers that `threads` names"
+    "The two numbers that `threads` names; a `ValueError` if it names none"
     if threads == 'auto': threads = None
     both = threads if isinstance(threads, (tuple, list)) else (threads, threads)
     whole = [n is None or type(n) is int and n >= 1 for n in both]
@@ -489,7 +492,8 @@ def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
               aligned: bool = True,    # which `shipped` small one: `aligned` or `small`
               kv: str = 'fp32'         # as of `Pair.keep_kv`
              ) -> Pair:
-    "Load a pair, by default the shipped German-English one, and check that it is one"
+    """Load a pair, by default the shipped German-English one, and check that it is one;
+    a `ValueError` says which part of it cannot be loaded, or where the two differ"""
     if small == 'shipped' and aligned: small = 'shipped/aligned'
     check_backend(backend)
     pair_threads(threads)
@@ -522,7 +526,8 @@ def encode(self: Pair,
            max_source: int | None = None,  # tokens; None: what the tokenizer states
            names: list | None = None       # how errors call the texts, e.g. by line
           ) -> list[torch.Tensor]:         # a (1, length) int64 tensor each
-    "Token ids of `texts`; none may be empty, long ones are cut with a warning"
+    """Token ids of `texts`; long ones are cut with a warning. A `ValueError` for
+    an empty text, for a causal pair, or without a tokenizer"""
     if self.causal:
         raise ValueError(f'{type(self.large.model).__name__} continues prompts: use '
                          'Pair.generate, or bild generate')
@@ -564,9 +569,9 @@ def check_texts(
 
 @patch
 def source_limit(self: Pair,
-    max_source: int | None = None # includes the special tokens
+    max_source: int | None = None # None: what the tokenizer states
 ) -> int: # at most the positions of both models; 1024 if nothing is stated
-    "The longest source, in tokens; by None what the tokenizer states"
+    "The longest source, in tokens; a `ValueError` for a number too small"
     ends = self.tokenizer.num_special_tokens_to_add()
     if max_source is None:
         stated = self.tokenizer.model_max_length
@@ -587,7 +592,8 @@ def translate(self: Pair,
               seed: int | None = None,       # of texts that are drawn
               **settings                     # as of `BigLittleDecoder.generate`
              ) -> list[str]:
-    "Translate (or summarize, or whatever the pair was trained for) `texts`"
+    """Translate (or summarize, or whatever the pair was trained for) `texts`. Raises as
+    `encode`, and `FloatingPointError` for NaN logits; errors have `partial` texts"""
     ids = self.encode(texts, max_source)
     return self._each(ids, policy, max_new_tokens, seed, **settings)
 
@@ -629,7 +635,8 @@ def _text(self: Pair, tokens: list, **kwargs) -> str:
 def prompt(self: Pair,
            given # a text, or a list of messages
           ) -> torch.Tensor: # (1, length) int64
-    "Token ids of a prompt"
+    """Token ids of a prompt; a `ValueError` for one that is empty or no text, or for a
+    pair with an encoder"""
     self.check_tokenizer()
     if not self.causal:
         raise ValueError(f'{type(self.large.model).__name__} has an encoder and takes '
@@ -645,7 +652,7 @@ def prompt(self: Pair,
 def chat_text(self: Pair,
               messages: list # dicts with `role` and `content`
              ) -> str:       # ends where an answer begins
-    "Messages as the text that the tokenizer's chat template makes of them"
+    "Messages as the text of the tokenizer's chat template; a `ValueError` without one"
     ok = isinstance(messages, list) and messages and all(
         isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in messages)
     if not ok:
@@ -666,7 +673,8 @@ def generate(self: Pair,
              seed: int | None = None,  # of texts that are drawn
              **settings                # as of `BigLittleDecoder.generate`
             ) -> list[str]:            # what is written behind each prompt
-    "Continue texts, or answer messages, with a causal pair"
+    """Continue texts, or answer messages, with a causal pair. Raises as `prompt`, and
+    `FloatingPointError` for NaN logits; errors have `partial` texts"""
     if isinstance(prompts, str): raise ValueError('give a list of prompts')
     ids = [self.prompt(p) for p in prompts]
     return self._each(ids, policy, max_new_tokens, seed, **settings)
