@@ -96,7 +96,7 @@ def _ids_at(address: int, n: int) -> list:
 FLAGS = '-O3 -march=native -fno-math-errno -fno-trapping-math -fPIC -shared -w'.split()
 
 def compiler() -> str:
-    "The C compiler: $CC, or the first of cc, gcc and clang on the path"
+    "The C compiler: $CC, or the first of cc, gcc and clang on the path; or `OSError`"
     for name in (os.environ.get('CC'), 'cc', 'gcc', 'clang'):
         if name and (found := shutil.which(name)): return found
     raise OSError('no C compiler was found (cc, gcc, clang or $CC)')
@@ -224,7 +224,7 @@ def typed(lib # a `ctypes.CDLL`
     return lib
 
 def load_library():
-    "The compiled code, from the folder or compiled now"
+    "The compiled code, from the folder or compiled now; `OSError` where it cannot be"
     if os.name != 'posix': raise OSError('C code is compiled on Linux and macOS only')
     cc, folder = compiler(), private_folder()
     key = library_key(cc)
