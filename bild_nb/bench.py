@@ -586,7 +586,8 @@ def bench(large: str = 'shipped', # a name in `SHAPES`, a folder, a hub id or `s
           kinds=None,             # backends, out of `MAKE`; None: all of the device
           attempt=None            # tries each system before the race, as of `tried`
          ) -> dict:               # what `run.json` holds
-    "Measure passes and whole texts of a pair beside its peers"
+    """Measure passes and whole texts of a pair beside its peers; a `ValueError` first
+    for a device that is not here, another's folder, or models that are no pair"""
     if device not in KINDS or device == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device {device!r}: the bench runs on cpu, '
                          'and on cuda where torch finds a GPU')
