@@ -126,7 +126,7 @@ def take_layers(
     decoder:list[int], # decoder layers to take, in order, from 0; one may come twice
     encoder:list[int]|None=None, # encoder layers; None takes all
 ): # a new model in fp32
-    "A model with these layers of `model`"
+    "A model with these layers of `model`; a `ValueError` for one that it has not"
     old, takes = depths(model), []
     for n, taken in zip(old.values(), (encoder, decoder)):
         takes.append(list(range(n)) if taken is None else taken)
