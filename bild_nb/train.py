@@ -38,7 +38,7 @@ def suggest(
     pairs:int, # of texts to train on
     size:str|None=None, # a name in `SIZES`; None: by the number of pairs
 )->dict: # numbers of both models and of their training
-    "Sizes for so many pairs"
+    "Sizes for so many pairs; a `ValueError` for a size that there is not"
     if size is None: size = [k for k, (least, _) in SIZES.items() if least <= pairs][-1]
     if size not in SIZES:
         raise ValueError(f'size {size!r}: there are {", ".join(SIZES)}')
@@ -51,7 +51,7 @@ def check_pairs(
     rows, # a `datasets.Dataset` with `source` and `target`
     name:str='train', # what to call it in the message
 ): # `rows` with these two columns
-    "`rows`, if a pair of models can be trained on them"
+    "`rows`, if a pair of models can be trained on them, else a `ValueError`"
     rows = check_rows(rows, name).select_columns(['source', 'target'])
     both = list(zip(rows['source'], rows['target']))
     for i, texts in enumerate(both):
