@@ -168,7 +168,7 @@ RESULT, WORK = 'data/train-00000-of-00001.parquet', '.calibration'
 def read_settings(
     out:str|Path # a calibration set, or any other folder, file or name
 )->dict|None: # None: not finished, or made by something else
-    "What a finished set was made with"
+    "What a finished set was made with; a `ValueError` for a damaged file"
     from pyarrow import parquet
     file = Path(out)/RESULT
     if not file.exists(): return None
@@ -266,7 +266,8 @@ def calibrate(
     restart:bool=False, # throw away what is there
     progress:bool=True # show a bar on stderr
 )->dict: # the settings, with counts
-    "Write the large model's greedy outputs for `rows` as a data set, on all processes"
+    """Write the large model's greedy outputs for `rows` as a data set, on all
+    processes. A `ValueError` where `out` holds something else, or other settings"""
     settings = calibration_settings(
         model, tokenizer, rows, name=name, task=task, prefix=prefix,
         max_source=max_source, max_new_tokens=max_new_tokens, max_tokens=max_tokens,
@@ -310,7 +311,7 @@ def encode_pairs(
     max_source:int|None=None, # longest source, in tokens; None: what `tokenizer` states
     max_target:int=128 # longest target, in tokens
 ): # a `Dataset` with `input_ids` and `labels`
-    "Token ids of both sides"
+    "Token ids of both sides; a `ValueError` if nothing can be learned from them"
     n, tail = max_source or source_limit(tokenizer), ending(tokenizer)
     nothing = {tokenizer.pad_token_id, tokenizer.eos_token_id}
     def add_prefix(row): return dict(source=prefix + row['source'])
