@@ -359,7 +359,8 @@ def align(
     restart:bool=False, # throw away what is there
     progress:bool=True # say on stderr how long it takes, and show a bar
 )->dict: # settings, agreement before, best, finalists, speed before, log of each rate
-    "Fine-tune `small` on the large model's outputs (paper, section 3.5.1)"
+    """Fine-tune `small` on the large model's outputs (paper, section 3.5.1). A
+    `ValueError`, before it trains, for what cannot work together or has no room"""
     if policy is None: policy = Policy.bild(.6, 2) if large else Policy.lossless(.6)
     check_objective(objective, on_policy, temperature, policy, large, top)
     if raced(policy, large, check_recipe(recipe)): check_both(large, small, tokenizer)
@@ -403,7 +404,8 @@ def borrower(small,     # of transformers; the new model has its decoder
              train,     # with `input_ids`; `FITTED` of them fit a projection
              seed:int   # of which ones
             ):          # of transformers; no projection where both are equally wide
-    "A model made of `small` that reads what the encoder of `large` says"
+    """A model made of `small` that reads what the encoder of `large` says;
+    a `ValueError` without a `large`, or unless both are T5 or mT5"""
     if large is None:
         raise ValueError("an encoder is shared with the large model: name it (--large)")
     large.eval()
