@@ -175,7 +175,7 @@ def read_toml(
 def task_from_toml(
     file: Path,  # of a task
 ) -> Task:
-    "The `Task` in a TOML file; relative folders are seen from the file's own"
+    "The `Task` in a TOML file, folders seen from there; a `ValueError` for wrong keys"
     given, known = read_toml(file), [f.name for f in fields(Task)]
     for key in given:
         if key not in known: raise ValueError(f'{file}: {unknown(key, known)}')
@@ -312,7 +312,8 @@ def checkpoints(
     large: str | None = None,  # instead of the task's
     small: str | None = None,  # a kind, or any model
 ) -> tuple:                    # large, small, kind of the small one
-    "The models that are asked for; a folder called as a checkpoint is of its kind"
+    """The models that are asked for; a folder called as a checkpoint is of its kind;
+    a `ValueError` where the task has none"""
     if not (large or task.large):
         raise ValueError(f'task {task.name!r} names no large model: give --large')
     large, kind = large or task.large, small or 'unaligned'
@@ -332,7 +333,7 @@ def kind_like(task: Task, small: str) -> str:
 def load_tokenizer(
     task: Task,  # a benchmark
 ):               # a tokenizer
-    "The tokenizer that the task names"
+    "The tokenizer that the task names; a `ValueError` if there is none"
     name, why = task.tokenizer, 'the models came without a tokenizer, and'
     if not name: raise ValueError(f'{why} task {task.name!r} names none: '
                                   'save one in the model folder')
