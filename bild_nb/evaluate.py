@@ -294,7 +294,8 @@ def evaluate(task: Task, # what is written, and how it is scored
              kind: str = 'other', # of the small model, as `open_pair` gives it
              names: tuple = ('', '') # of the two checkpoints
             ) -> bool: # whether this is the process that reports
-    "Run a task into a run folder, or go on where it was left"
+    """Run a task into a run folder, or go on where it was left; a `ValueError` if the
+    folder was begun with other settings, data or models"""
     job, todo = Job(task, pair, rows, protocol, kind, names), systems(policies)
     siblings = Siblings(cpu=pair.large.device.type == 'cpu')
     identity = job.identity(todo, siblings.world) if siblings.main else {}
