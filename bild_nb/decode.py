@@ -150,6 +150,7 @@ def check_kinds(
         raise ValueError('the small model has no encoder and reads that of another '
                          'large model: load both with one load_pair')
 
+# %% ../nbs/02_decode.ipynb #542760d9
 def common(
     large: Settings, # of the model that verifies; the ends of causal texts are its own
     small: Settings  # of the model that drafts
