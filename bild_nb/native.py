@@ -282,6 +282,7 @@ def rounded(weight: Tensor # (rows, in), of any float type
     scale = weight.abs().amax(1).clamp(min=1e-8)/127
     return (weight/scale[:, None]).round_().to(torch.int8), scale
 
+# %% ../nbs/11_native.ipynb #f35efe62
 class Weights:
     "A model's weights as C reads them; keeps the memory that structures point to"
     def __init__(self,
@@ -351,6 +352,7 @@ def stack(self: Weights,
                  causal=stack.causal,
                  words=len(stack.embedding), norm=self.keep(stack.norm*scale))
 
+# %% ../nbs/11_native.ipynb #3cf85755
 @patch
 def pack(self: Weights,
          family: Family # without an encoder, where another's output is read
@@ -548,6 +550,7 @@ def _whole(ids: Tensor, what: str) -> Tensor:
     kind = str(ids.dtype)[6:]
     raise TypeError(f'{what} are in {kind}: ids are whole numbers, as torch.int64')
 
+# %% ../nbs/11_native.ipynb #599fd010
 def _listed(ids: list) -> array:
     "A list of ids as C reads them"
     if 1 <= len(ids) <= LONGEST: return array('q', ids)
@@ -643,6 +646,7 @@ def _read(self: NativeEngine, decoder: int, text: Text, ids: Tensor, encoded=Non
                                 _address(encoded))
     if code: raise self._error(code, text.n, at, 'source')
 
+# %% ../nbs/11_native.ipynb #ddfb4142
 @patch
 def encoded(self: NativeEngine,
             ids,        # (1, source length), of any whole type, on the host
