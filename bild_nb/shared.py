@@ -110,6 +110,7 @@ def load_own(model,       # of `share_encoder`
     except RuntimeError as e:
         raise ValueError('its weights have another shape than its config says') from e
 
+# %% ../nbs/00d_shared.ipynb #0f67ebef
 def load_shared(folder: Path,                      # of the small model
                 config,                            # in it
                 large,                             # a transformers model
