@@ -51,6 +51,7 @@ class Company:
         "Read `new` of each row from `at` on; a row's newest token is its last of k"
         raise NotImplementedError
 
+# %% ../nbs/01d_together.ipynb #1ddb03cf
 Cache.company, Cache.row = None, 0
 
 def wasted_rows(caches: list # of all texts of a batch, with None among them
