@@ -265,15 +265,15 @@ def verify(self: Model,
 # %% ../nbs/01_decoder.ipynb #2be8b7d7
 @patch
 def propose(self: Model,
-            cache: Cache,         # what `open` gave
-            tokens: Tensor,       # (1, k) not read before
-            at: list[int],        # position of the first
-            rule,                 # a `DraftRule`
-            state,                # the rule's state
-            most: int,            # tokens of the draft, at least 1
-            logits: bool = False, # whether to keep the small model's logits
-            draws=None            # (most) uniform numbers; None: the argmax is drafted
-           ) -> Draft:            # one row; its `end` says why it stopped
+    cache: Cache,         # what `open` gave
+    tokens: Tensor,       # (1, k) not read before
+    at: list[int],        # position of the first
+    rule,                 # a `DraftRule`
+    state,                # the rule's state
+    most: int,            # tokens of the draft, at least 1
+    logits: bool = False, # whether to keep the small model's logits
+    draws=None            # (1, most) uniform numbers; None: the argmax is drafted
+) -> Draft:               # one row; its `end` says why it stopped
     "Propose tokens one by one"
     found, confidence, kept, end = [], [], [], 'cap'
     none, (at,) = tokens[:, :0], at
