@@ -231,9 +231,9 @@ def mine(self: Job,
 
 @patch
 def texts(self: Job,
-          decoders: dict, # a `BigLittleDecoder` by system
-          mine: list      # indices of examples; those of the warm-up come twice
-         ):
+    decoders: dict, # a `BigLittleDecoder` by system
+    mine: list # indices of examples; where it is timed, the first ones also warm up
+):
     "Pairs: an index, and what `measure` gives of every system"
     p, ids, new = self.protocol, self.ids, self.task.max_target
     if not p.timing:
