@@ -31,7 +31,7 @@ from .recipe import (RECIPES, AlignTrainer, Recipe, check_kept, check_recipe,
 from .race import choose, kept, new_trial
 
 # %% ../nbs/24_align.ipynb #95a9d48a
-def raced(policy:Policy, # of the agreement; only rules of one threshold are raced
+def raced(policy:Policy, # of the agreement; only thresholds FB,RB (`NLL`) are raced
           large,         # of transformers; None: not here
           recipe:Recipe  # how many finalists it keeps
          )->bool:
