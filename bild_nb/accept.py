@@ -19,11 +19,13 @@ from .policy import check, is_argmax, named, pick
 # %% ../nbs/04_accept.ipynb #4b1f08cc
 BOTH = frozenset({'large', 'small'})  # of rules that read both models
 
-def chances(logits: Tensor) -> Tensor:
+def chances(logits: Tensor # (..., vocabulary), of any float type
+           ) -> Tensor:    # the same shape
     "Probabilities in fp32"
     return logits.float().softmax(-1)
 
-def entropy(p: Tensor) -> Tensor: # (..., 1)
+def entropy(p: Tensor   # (..., vocabulary), probabilities
+           ) -> Tensor: # (..., 1)
     "$H(p) = -\\sum_v p(v) \\ln p(v)$ in nats"
     return torch.special.entr(p).sum(-1, keepdim=True)
 
@@ -52,12 +54,19 @@ class Region(Limits, AcceptRule):
                q: Tensor  # likewise of the small one; None unless the rule needs it
               ) -> Tensor: # (..., g, vocabulary) bool, or (..., g, 1) for all tokens
         raise NotImplementedError
-    def keep(self, large, draft, small=None):
+    def keep(self,
+             large,     # with logits (rows, g or more, vocabulary)
+             draft,     # (rows, g) tokens, on the host
+             small=None # (rows, g, vocabulary) logits, if the rule needs them
+            ):          # (rows, g) bool
         p = chances(large.logits[:, :draft.shape[-1]])
         q = None if small is None else chances(small)
         inside = at(self.region(p, q).expand_as(p), draft)
         return inside | is_argmax(large, draft)
-    def target(self, p, q):
+    def target(self,
+        p, # (..., g, vocabulary) of the large model
+        q  # likewise of the small one
+    ):     # likewise: q inside of the region, the rest of its mass in proportion to p
         "The distribution that is drawn from, of $p$ and $q$ like these"
         own = q*self.region(p, q)
         return own + (1 - own.sum(-1, keepdim=True)).clamp(min=0)*p
@@ -66,7 +75,7 @@ class Region(Limits, AcceptRule):
 @named('relative')
 @dataclass(frozen=True)
 class Relative(Region):
-    "Keep while the large model's best token is not much likelier"
+    "Keep while the large model's best token is not much likelier (Narasimhan et al.)"
     alpha: float  # nats, at least 0
     low = dict(alpha=0)
     def region(self, p, q=None):
@@ -76,7 +85,8 @@ class Relative(Region):
 @named('tokenv1')
 @dataclass(frozen=True)
 class TokenV1(Region):
-    "Keep what the small model finds about as likely as the large one its best"
+    """Keep what the small model finds about as likely as the large one its best
+    (Narasimhan et al., ICLR 2025)"""
     alpha: float  # a difference of probabilities, of either sign
     low, needs = dict(alpha=-math.inf), BOTH
     def region(self, p, q): return q >= p.amax(-1, keepdim=True) - self.alpha
@@ -84,7 +94,7 @@ class TokenV1(Region):
 @named('tokenv2')
 @dataclass(frozen=True)
 class TokenV2(Region):
-    "Keep what the large model finds about as likely as its best"
+    "Keep what the large model finds about as likely as its best (Narasimhan et al.)"
     alpha: float  # a difference of probabilities, at least 0
     low = dict(alpha=0)
     def region(self, p, q=None): return p >= p.amax(-1, keepdim=True) - self.alpha
@@ -93,7 +103,7 @@ class TokenV2(Region):
 @named('chow')
 @dataclass(frozen=True)
 class Chow(Region):
-    "Keep where the small model is sure"
+    "Keep where the small model is sure (Narasimhan et al., eq. 2)"
     alpha: float  # a probability, or a difference of them, of either sign
     low, needs = dict(alpha=-math.inf), BOTH
     def region(self, p, q): return q.amax(-1, keepdim=True) >= 1 - self.alpha
@@ -101,7 +111,8 @@ class Chow(Region):
 @named('diff')
 @dataclass(frozen=True)
 class Diff(Chow):
-    "Keep where the small model is about as sure as the large one"
+    """Keep where the small model is about as sure as the large one
+    (Narasimhan et al., eq. 5)"""
     def region(self, p, q):
         top = p.amax(-1, keepdim=True)
         return q.amax(-1, keepdim=True) >= top - self.alpha
@@ -109,7 +120,8 @@ class Diff(Chow):
 @named('opt')
 @dataclass(frozen=True)
 class OPT(Chow):
-    "Keep where the small model is sure enough for how far apart the two are"
+    """Keep where the small model is sure enough for how far apart the two are
+    (Narasimhan et al., eq. 10)"""
     def region(self, p, q):
         far = (q - p).clamp(min=0).sum(-1, keepdim=True)  # total variation
         return q.amax(-1, keepdim=True) >= p.amax(-1, keepdim=True) - self.alpha*far
@@ -138,7 +150,7 @@ class TypicalNats(Region):
 @named('topk')
 @dataclass(frozen=True)
 class TopK(Region):
-    "Keep one of the k best that is not much less likely than the best"
+    "Keep one of the k best not much less likely than the best (TensorRT-LLM)"
     k: float      # whole number of tokens, at least 1
     delta: float  # a difference of probabilities, at least 0
     low, whole = dict(k=1, delta=0), ('k',)
@@ -151,7 +163,8 @@ class TopK(Region):
 @named('kl')
 @dataclass(frozen=True)
 class KL(Region):
-    "Keep where the small model's distribution is close, unless the large one is sure"
+    """Keep where the small model's distribution is close, unless the large one is sure
+    (arXiv 2601.04766)"""
     tau: float  # nats, at least 0
     low, needs = dict(tau=0), BOTH
     def region(self, p, q):
@@ -164,7 +177,12 @@ def drafted(draft: Draft) -> Tensor: # (rows, g) bool
     "Where a row's draft has a token: others of the batch may be longer"
     return torch.arange(draft.tokens.shape[-1]) < draft.n[:, None]
 
-def both(large: Scores, small: Tensor | None, draft: Draft, of=None) -> tuple:
+def both(
+    large: Scores, # logits (rows, g + 1, vocabulary)
+    small: Tensor | None, # (rows, g or more, vocabulary) logits; None without a draft
+    draft: Draft, # of the turn
+    of=None # rule whose target stands for p where there is a draft; None: p itself
+) -> tuple:
     "Target and $q$, (rows, g + 1, vocabulary) each; behind a draft $q$ is 0"
     p, g = chances(large.logits), draft.tokens.shape[-1]
     if not g: return p, torch.zeros_like(p)
@@ -178,10 +196,13 @@ def both(large: Scores, small: Tensor | None, draft: Draft, of=None) -> tuple:
 @named('ensemble')
 @dataclass(frozen=True)
 class Ensemble(Limits, AcceptRule):
-    "Keep what a weighted mean of both models would write, and write that"
+    "Keep what a weighted mean of both models would write, and write that (DIVERSED)"
     w: float  # the large model's weight, from 0 to 1
     low, high, needs = dict(w=0), dict(w=1), BOTH
-    def target(self, p, q): return self.w*p + (1 - self.w)*q
+    def target(self,
+               p, # (..., vocabulary) of the large model
+               q  # likewise of the small one
+              ): return self.w*p + (1 - self.w)*q
     def keep(self, large, draft, small): return is_argmax(large, draft)
     def judge(self, large, small, draft, state=None, draws=None):
         g = draft.tokens.shape[-1]
@@ -255,7 +276,11 @@ class Rejection(AcceptRule):
     def __post_init__(self):
         if self.of is None or hasattr(self.of, 'target'): return
         raise ValueError(f'{self.of!r} has no distribution that could be drawn from')
-    def compared(self, large, small, draft):
+    def compared(self,
+        large, # logits (rows, g + 1, vocabulary)
+        small, # (rows, g or more, vocabulary) logits
+        draft # of the turn
+    ): # target and q, (rows, g + 1, vocabulary); their ratio at the draft, (rows, g)
         (p, q), g = both(large, small, draft, self.of), draft.tokens.shape[-1]
         return p, q, at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
     def judge(self, large, small, draft, state=None, draws=None):
@@ -304,7 +329,8 @@ class Margin(Limits, DraftRule):
 @named('survival')
 @dataclass(frozen=True)
 class Survival(Limits, DraftRule):
-    "Stop before the product of all confidences of the draft falls below a number"
+    """Stop before the product of all confidences of the draft falls below a number
+    (SpecDec++ in its simplest form)"""
     s: float  # a probability, at least 0
     low, reads_logits = dict(s=0), False
     def begin(self, rows): return torch.ones(rows)
@@ -316,7 +342,8 @@ class Survival(Limits, DraftRule):
 @named('adaptive')
 @dataclass(frozen=True)
 class Adaptive(Limits, DraftRule):
-    "Longer drafts after one that stayed whole, shorter ones after others"
+    """Longer drafts after one that stayed whole, shorter ones after others
+    (`heuristic` of transformers)"""
     k: float  # tokens of the first draft, a whole number of at least 1
     low, whole, least = dict(k=1), ('k',), 0.
     def begin(self, rows): return torch.full((rows,), self.k)

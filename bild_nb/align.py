@@ -31,19 +31,22 @@ from .recipe import (RECIPES, AlignTrainer, Recipe, check_kept, check_recipe,
 from .race import choose, kept, new_trial
 
 # %% ../nbs/24_align.ipynb #95a9d48a
-def raced(policy:Policy, large, recipe:Recipe)->bool:
+def raced(policy:Policy, # of the agreement; only thresholds FB,RB (`NLL`) are raced
+          large,         # of transformers; None: not here
+          recipe:Recipe  # how many finalists it keeps
+         )->bool:
     "Whether there is a speed to measure"
     return recipe.finalists > 1 and large is not None and isinstance(policy.accept, NLL)
 
 def chosen(
-    logs:dict, # of the trainers, by rate
-    work:Path, # where they worked
-    trial, # makes a `Trial`
-    small, # as it was before training; may hold other weights in the end
-    n:int, # finalists
-    siblings:Siblings,
-    say=print # takes a line of progress
-)->dict: # `best`, `finalists` and, where it was measured, `speed`
+    logs:dict,         # of the trainers, by rate
+    work:Path,         # where they worked
+    trial,             # makes a `Trial`
+    small,             # as it was before training; may hold other weights in the end
+    n:int,             # finalists
+    siblings:Siblings, # the processes of this job; the first one measures
+    say=print          # takes a line of progress
+)->dict:               # `best`, `finalists` and, where it was measured, `speed`
     "The best checkpoint of all rates"
     file, finalists = work/'choice.json', ranking(logs)[:n]
     if siblings.main and not file.exists():
@@ -55,7 +58,9 @@ def chosen(
     return read_json(file)
 
 # %% ../nbs/24_align.ipynb #496f8187
-def check_top(top:int|None, objective:str):
+def check_top(top:int|None, # likeliest tokens of a place to learn from; None: all
+              objective:str # a name in `OBJECTIVES`
+             ):
     "Refuse to leave tokens out where the objective does not read them, or needs them"
     if top is None: return
     if not (isinstance(top, int) and top >= 1):
@@ -69,8 +74,14 @@ def check_top(top:int|None, objective:str):
                          'js or tv')
 
 # %% ../nbs/24_align.ipynb #8fdc54a5
-def check_objective(objective:str, on_policy:float, temperature:float, policy:Policy,
-                    large, top:int|None=None):
+def check_objective(
+    objective:str,     # should be a name in `OBJECTIVES`
+    on_policy:float,   # share of batches with the small model's own drafts, 0 to 1
+    temperature:float, # of these drafts; 0 is greedy
+    policy:Policy,     # of the agreement
+    large,             # None: not here, only its outputs
+    top:int|None=None  # as of `check_top`
+):
     "Refuse what cannot work together"
     def wrong(what): raise ValueError(what)
     token_level = [name for name in OBJECTIVES if name != 'sequence']
@@ -91,7 +102,10 @@ def check_objective(objective:str, on_policy:float, temperature:float, policy:Po
               'measure at lossless:FB')
 
 # %% ../nbs/24_align.ipynb #02a16998
-def check_room(out:Path, small, finalists:int=1):
+def check_room(out:Path,       # a folder of the disk that is asked
+               small,          # 4 bytes are counted for each of its weights
+               finalists:int=1 # checkpoints that are kept to be raced
+              ):
     "Refuse to begin where three checkpoints, other finalists and the result do not fit"
     need, free = 4*(3 + finalists)*small.num_parameters(), shutil.disk_usage(out).free
     if free >= need: return
@@ -99,7 +113,9 @@ def check_room(out:Path, small, finalists:int=1):
                      f'{need/1e9:.1f}: make room, or name another --out')
 
 def check_tokenizer(settings:dict, # of a calibration set; empty if it is not ours
-                    tokenizer, data):
+                    tokenizer,     # of the small model
+                    data           # name of the set in the message
+                   ):
     "Refuse a calibration set of another vocabulary"
     here = tokenizer_digest(tokenizer)
     if settings.get('tokenizer', here) == here: return
@@ -137,7 +153,8 @@ against the large model's own; as it was before), predicted from counted passes:
 '''
 
 # %% ../nbs/24_align.ipynb #69927990
-def finalist_table(result:dict)->str: # markdown; empty where no speed was measured
+def finalist_table(result:dict # what `align` gives
+                  )->str:      # markdown; empty where no speed was measured
     "The finalists, and what they were before training"
     known = result.get('speed')
     if known is None: return ''
@@ -146,7 +163,8 @@ def finalist_table(result:dict)->str: # markdown; empty where no speed was measu
              for f in result['finalists']]
     return RACE.format(rows='\n'.join(rows), **known)
 
-def alignment_card(result:dict)->str: # markdown
+def alignment_card(result:dict # what `align` gives
+                  )->str:      # markdown
     "The model card"
     s, best = result['settings'], result['best']
     shown = {k: v for k, v in s.items() if k != 'license'}
@@ -160,7 +178,12 @@ def alignment_card(result:dict)->str: # markdown
 # %% ../nbs/24_align.ipynb #1e92ebfc
 WORK, RESULT = '.align', 'alignment.json' # in the folder of the model
 
-def write_model(small, tokenizer, out:Path, result:dict, half:bool):
+def write_model(small,       # with the weights that were chosen
+                tokenizer,   # of both models
+                out:Path,    # the result's folder
+                result:dict, # what `align` gives, written as `alignment.json`
+                half:bool    # weights in fp16
+               ):
     "The model, its card, and last the log"
     if half: save_half(small, tokenizer, out)
     else:
@@ -172,16 +195,21 @@ def write_model(small, tokenizer, out:Path, result:dict, half:bool):
     replace_file(out/'README.md', lambda part: part.write_text(card, encoding='utf-8'))
     write_json(out/RESULT, result)
 
-def read_alignment(out:str|Path)->dict:
+def read_alignment(
+    out:str|Path # folder of an aligned model
+)->dict:         # settings, agreement before, best, finalists, log of each rate
     "What `align` wrote about a model"
     return read_json(Path(out)/RESULT)
 
-def begun_with(file:Path)->dict:
+def begun_with(file:Path # a finished `alignment.json`
+              )->dict:
     "The settings in a finished result; there was one finalist where none is named"
     return {'finalists': 1, **read_json(file)['settings']}
 
 # %% ../nbs/24_align.ipynb #47be7881
-def sample_batches(trainer:AlignTrainer, n:int)->list:
+def sample_batches(trainer:AlignTrainer, # with its data and collator
+                   n:int                 # batches, always the same ones
+                  )->list:               # dicts of padded tensors
     "Some of the batches that it will train on, padded"
     rows, rng = trainer.train_dataset, random.Random(0)
     if trainer.max_tokens:
@@ -214,7 +242,8 @@ def step_seconds(
     model.zero_grad()
     return sum(times[1:])/n*trainer.args.gradient_accumulation_steps
 
-def duration(seconds:float)->str:
+def duration(seconds:float # 0 or more
+            )->str:
     "Seconds for people"
     for unit, n in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds >= 2*n: return f'{seconds/n:.1f} {unit}'
@@ -222,12 +251,15 @@ def duration(seconds:float)->str:
 
 # %% ../nbs/24_align.ipynb #1baac738
 def align_settings(
-    small, tokenizer, large, # the models, before training
-    names:tuple, # small, large, licence
-    train, valid, # with `input_ids` and `labels`
-    recipe:Recipe,
-    n:int, # processes
-    **given # the other arguments of `align` that the result depends on
+    small,         # whose weights are hashed
+    tokenizer,     # of both models
+    large,         # None: not here
+    names:tuple,   # small, large, licence
+    train,         # with `input_ids` and `labels`
+    valid,         # likewise
+    recipe:Recipe, # every number of it counts
+    n:int,         # processes
+    **given        # the other arguments of `align` that the result depends on
 )->dict:
     "All that the result depends on"
     columns = [list(d[c]) for d in (train, valid) for c in ('input_ids', 'labels')]
@@ -239,12 +271,15 @@ def align_settings(
 
 # %% ../nbs/24_align.ipynb #a797e6ec
 def tune_rates(
-    small, tokenizer, train, valid, # what is trained, and on what
-    work:Path, # of the trainers
-    recipe:Recipe,
-    siblings:Siblings,
-    progress:bool,
-    **how # of `AlignTrainer`
+    small,             # holds the last rate's weights in the end
+    tokenizer,         # of both models
+    train,             # with `input_ids` and `labels`
+    valid,             # likewise
+    work:Path,         # of the trainers
+    recipe:Recipe,     # with the rates `lr`
+    siblings:Siblings, # the processes of this job
+    progress:bool,     # say on stderr how long it takes, and show a bar
+    **how              # of `AlignTrainer`
 )->tuple[dict, float]: # the trainers' last states by rate; agreement before
     "One training for each rate, all from the same weights"
     start, states = copy.deepcopy(small.state_dict()), {}
@@ -260,7 +295,9 @@ def tune_rates(
         states[lr] = train_on(trainer(small, lr), recipe.finalists, siblings)
     return states, before
 
-def announce(trainer, recipe:Recipe):
+def announce(trainer,      # ready to go; some of its steps are timed
+             recipe:Recipe # rates and patience of it
+            ):
     "What is about to happen"
     n, steps = len(recipe.lr), trainer.args.max_steps
     rates = f' for each of {n} rates' if n > 1 else ''
@@ -271,14 +308,17 @@ def announce(trainer, recipe:Recipe):
 
 # %% ../nbs/24_align.ipynb #57afbd42
 def train_and_choose(
-    small, tokenizer, train, valid, # what is trained, and on what
-    work:Path,
-    recipe:Recipe,
-    siblings:Siblings,
-    progress:bool,
-    texts:int=100, # of `valid` that finalists run on
-    **how # of `AlignTrainer`
-)->dict: # what `align` gives, but for the settings
+    small,             # gets the weights that were chosen
+    tokenizer,         # of both models
+    train,             # with `input_ids` and `labels`
+    valid,             # likewise
+    work:Path,         # hidden folder of trainers and choice
+    recipe:Recipe,     # rates, finalists and all the rest of it
+    siblings:Siblings, # the processes of this job
+    progress:bool,     # say on stderr what is done
+    texts:int=100,     # of `valid` that finalists run on
+    **how              # of `AlignTrainer`
+)->dict:               # what `align` gives, but for the settings
     "Train at each rate, choose a checkpoint and load it into `small`"
     large, policy, start = how['large'], how['policy'], copy.deepcopy(small)
     states, before = tune_rates(small, tokenizer, train, valid, work, recipe, siblings,
@@ -319,7 +359,8 @@ def align(
     restart:bool=False, # throw away what is there
     progress:bool=True # say on stderr how long it takes, and show a bar
 )->dict: # settings, agreement before, best, finalists, speed before, log of each rate
-    "Fine-tune `small` on the large model's outputs (paper, section 3.5.1)"
+    """Fine-tune `small` on the large model's outputs (paper, section 3.5.1). A
+    `ValueError`, before it trains, for what cannot work together or has no room"""
     if policy is None: policy = Policy.bild(.6, 2) if large else Policy.lossless(.6)
     check_objective(objective, on_policy, temperature, policy, large, top)
     if raced(policy, large, check_recipe(recipe)): check_both(large, small, tokenizer)
@@ -346,15 +387,25 @@ def align(
     return read_alignment(out)
 
 # %% ../nbs/24_align.ipynb #d8dd79f3
-def divided(pairs, valid, examples:int, seed:int)->tuple: # of two `Dataset`s
+def divided(pairs,        # a `Dataset` with `source` and `target`
+            valid,        # likewise; None: a part of `pairs` is held out
+            examples:int, # most that agreement is measured on
+            seed:int      # of what is held out
+           )->tuple:      # of two `Dataset`s
     "What is trained on, and what is judged with"
     if valid is None: return hold_out(pairs, examples, seed)
     return pairs, valid.select(range(min(examples, len(valid))))
 
 FITTED = 400 # texts that a projection is fitted on
 
-def borrower(small, large, tokenizer, train, seed:int):
-    "A model made of `small` that reads what the encoder of `large` says"
+def borrower(small,     # of transformers; the new model has its decoder
+             large,     # of transformers; its encoder is read
+             tokenizer, # of both models
+             train,     # with `input_ids`; `FITTED` of them fit a projection
+             seed:int   # of which ones
+            ):          # of transformers; no projection where both are equally wide
+    """A model made of `small` that reads what the encoder of `large` says;
+    a `ValueError` without a `large`, or unless both are T5 or mT5"""
     if large is None:
         raise ValueError("an encoder is shared with the large model: name it (--large)")
     large.eval()
@@ -368,7 +419,10 @@ def borrower(small, large, tokenizer, train, seed:int):
     fit_projection(new.to(large.device), small.to(large.device).eval(), batches)
     return new
 
-def check_both(large, small, tokenizer):
+def check_both(large,    # of transformers
+               small,    # likewise; a copy goes to the large one's device
+               tokenizer # of both models
+              ):
     "See that the two can run together in the end"
     check_pair(Decoder(large, tokenizer),
                Decoder(copy.deepcopy(small).to(large.device), tokenizer))

@@ -18,7 +18,7 @@ def check_rows(
     rows, # a `datasets.Dataset`
     name:str, # what to call it in the message
 ): # `rows`
-    "`rows`, if it has a source, a target and at least one row"
+    "`rows`, if it has a source, a target and at least one row, else a `ValueError`"
     has = rows.column_names
     if {'source', 'target'} - set(has):
         raise ValueError(f'{name} needs the columns source and target; it has '

@@ -47,7 +47,7 @@ SHAPES = {
 
 def shape_model(name: str, # one of `SHAPES`
                 plan=None  # `successors` that are planted into it
-               ):
+               ):          # a T5 or mT5 in fp32
     "A model of the shape `name` with random weights"
     torch.manual_seed(0)
     ids = dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
@@ -91,7 +91,10 @@ def successors(vocab: int,          # tokens of the plan; 0 to 2 are never writt
     return follow, rival
 
 # %% ../nbs/14_bench.ipynb #211428be
-def plant(model, follow: Tensor, rival: Tensor):
+def plant(model,          # a T5 or mT5, changed in place
+          follow: Tensor, # (vocab) ids, see `successors`
+          rival: Tensor   # (vocab) ids, -1 where no doubt is
+         ):               # the same model, its output matrix no longer tied
     "Make `model` write `follow[t]` after `t`, with `rival[t]` nearly as likely"
     c = model.config
     scaled = type(model) is T5ForConditionalGeneration and c.scale_decoder_outputs
@@ -155,13 +158,13 @@ def backends(model,                     # of transformers
     return {kind: MAKE[kind](model) for kind in kinds or KINDS[model.device.type]}
 
 # %% ../nbs/14_bench.ipynb #98c0d42a
-def pass_row(which: str,   # `large` or `small`
-             backend: str, # out of `MAKE`
-             model: Model,
-             source: Tensor, # (1, length) int64
-             speed: float,   # GB/s of the memory
-             ks: tuple = KS,
-             repeats: int = 7
+def pass_row(which: str,      # `large` or `small`
+             backend: str,    # out of `MAKE`
+             model: Model,    # on that backend
+             source: Tensor,  # (1, length) int64
+             speed: float,    # GB/s of the memory
+             ks: tuple = KS,  # tokens of the passes that are timed
+             repeats: int = 7 # of each; the median counts
             ) -> dict:
     "ms of a source and of passes; the floor; a step and a verification as multiples"
     times = pass_times(model, source, ks, repeats=repeats)
@@ -193,7 +196,7 @@ class Recorded(NamedTuple):
 @dataclass
 class Place:
     "Where in a recording a text is"
-    turn: int = 0
+    turn: int = 0  # from 0; behind the last one comes the first
     asked: int = 0 # how often the turn's draft could have stopped
 
 @dataclass(frozen=True)
@@ -206,25 +209,40 @@ class Replay(DraftRule, AcceptRule):
 
 # %% ../nbs/14_bench.ipynb #f0c7b331
 @patch
-def most(self: Replay, place: Place):
+def most(self: Replay,
+         place: Place # of the text
+        ):            # tokens; `inf` where the recorded draft ended by itself
     "As `DraftRule.most`"
     turn = self.now(place)
     return turn.drafted if turn.end == 'cap' else math.inf
 
 @patch
-def stop(self: Replay, scores, place: Place):
+def stop(self: Replay,
+         scores,      # only their shape is used
+         place: Place # counts how often it was asked
+        ):
     "As `DraftRule.stop`, asked once for each pass"
     place.asked += 1
     ended = place.asked > self.now(place).drafted
     return torch.full_like(scores.token, ended, dtype=torch.bool)
 
 @patch
-def after(self: Replay, verdict, place: Place, draft):
+def after(self: Replay,
+          verdict,      # not used
+          place: Place, # of the turn that ends
+          draft         # not used
+         ):
     "As `DraftRule.after`: the next turn"
     return Place(place.turn + 1)
 
 @patch
-def judge(self: Replay, large, small, draft, place: Place, draws=None):
+def judge(self: Replay,
+          large,        # gives the token after what stays
+          small,        # not used
+          draft,        # loses what was refused in the recording
+          place: Place, # moves to the next turn
+          draws=None    # not used
+         ):
     "As `AcceptRule.judge`"
     n = draft.n.clamp(max=self.now(place).kept)
     place.turn += 1
@@ -257,7 +275,7 @@ def endless(model # of transformers
 @dataclass
 class Loop:
     "Our loop as a system"
-    decoder: BigLittleDecoder
+    decoder: BigLittleDecoder # the pair and its policy
     new: int # most tokens of a text
     def __call__(self, source: Tensor) -> list[int]:
         out = self.decoder.generate(source, max_new_tokens=self.new, trace=False)
@@ -277,7 +295,10 @@ def hf(large,        # a model of transformers
         return ids[0].tolist()[1:]
     return run
 
-def greedy_settings(large, new: int, forced: bool) -> GenerationConfig:
+def greedy_settings(large,       # a model of transformers
+                    new: int,    # most tokens of a text
+                    forced: bool # whether every text has that many
+                   ) -> GenerationConfig:
     "The model's own settings, but greedy and with a length"
     settings = dict(max_length=None, max_new_tokens=new, do_sample=False, num_beams=1)
     if forced: settings['min_new_tokens'] = new
@@ -356,10 +377,10 @@ def ct2(folder: Path, # that `convert` wrote
     return run
 
 # %% ../nbs/14_bench.ipynb #94a314a2
-def race(systems: dict,  # name to function of a source
-         sources: list,  # (1, length) int64 tensors
-         repeats: int = 3
-        ) -> list[dict]: # a row for each source and system
+def race(systems: dict,   # name to function of a source
+         sources: list,   # (1, length) int64 tensors
+         repeats: int = 3 # times of each system, after one that does not count
+        ) -> list[dict]:  # a row for each source and system
     "Time all systems, interleaved"
     rows = []
     for i, source in enumerate(sources):
@@ -378,7 +399,7 @@ class Standing:
     tokens: int  # written in all
     speed: float # times as fast as the base
     least: float # the least and the greatest that a single repeat would have given
-    most: float
+    most: float  # of the two
     same: float  # share of sources with the text of the base
 
 def standings(rows: list[dict], # of `race`
@@ -399,7 +420,11 @@ def _standing(mine: list[dict], base: list[dict]) -> Standing:
     return Standing(ms(mine, median), tokens, ratio(median), min(each), max(each), same)
 
 # %% ../nbs/14_bench.ipynb #0941f6b6
-def translators(large, new: int, forced: bool, folder: Path) -> tuple[dict, list]:
+def translators(large,        # a model of transformers
+                new: int,     # most tokens of a text
+                forced: bool, # whether every text has that many
+                folder: Path  # for the converted model
+               ) -> tuple[dict, list]:
     "CTranslate2's systems by name, and notes about what is missing"
     try: convert(large, folder)
     except ImportError:
@@ -413,7 +438,12 @@ def translators(large, new: int, forced: bool, folder: Path) -> tuple[dict, list
                     'its rows are missing']
     return {f'CTranslate2 large, {kind}': system for kind, system in made.items()}, []
 
-def loops(large, small, new: int, bild: Policy, kinds: tuple) -> dict:
+def loops(large,        # a model of transformers
+          small,        # likewise
+          new: int,     # most tokens of a text
+          bild: Policy, # policy of the systems named BiLD
+          kinds: tuple  # out of `MAKE`
+         ) -> dict:
     "Our own systems by name: the large model alone and BiLD on each backend"
     larges, smalls = backends(large, kinds), backends(small, kinds)
     made = {}
@@ -429,14 +459,14 @@ def loops(large, small, new: int, bild: Policy, kinds: tuple) -> dict:
     return made
 
 # %% ../nbs/14_bench.ipynb #4b8e8205
-def systems(large,               # models of transformers
-            small,
-            new: int = 64,       # most tokens of a text
-            forced: bool = True, # each has that many, and BiLD follows a recording
-            turns=None,          # the recording; None: the package's
+def systems(large,                 # models of transformers
+            small,                 # likewise; it assists transformers, too
+            new: int = 64,         # most tokens of a text
+            forced: bool = True,   # each has that many, and BiLD follows a recording
+            turns=None,            # the recording; None: the package's
             policy: Policy = Policy.bild(.3, 5), # of BiLD otherwise
-            folder=None,         # for CTranslate2's files
-            kinds=None           # backends, out of `MAKE`; None: all of the device
+            folder=None,           # for CTranslate2's files
+            kinds=None             # backends, out of `MAKE`; None: all of the device
            ) -> tuple[dict, list]: # systems by name, and notes about what is missing
     "What is compared. With `forced` no text of these models ends by itself from now on"
     # CTranslate2 first, while there is room for a copy of the large model
@@ -460,7 +490,8 @@ def cpu_name() -> str:
             if line.startswith('model name'): return line.split(':')[1].strip()
     return platform.processor()
 
-def hardware(device: str = 'cpu') -> dict:
+def hardware(device: str = 'cpu' # `cuda`: with the name of the GPU
+            ) -> dict:
     "What a figure depends on"
     return dict(
         cpu=cpu_name(),
@@ -474,10 +505,10 @@ def hardware(device: str = 'cpu') -> dict:
         python=platform.python_version())
 
 # %% ../nbs/14_bench.ipynb #9d388104
-def bench_sources(tokenizer,       # None: the sources are random ids
-                  n: int,          # sources
-                  length: int,     # of random ones, tokens
-                  device: str
+def bench_sources(tokenizer,        # None: the sources are random ids
+                  n: int,           # sources
+                  length: int,      # of random ones, tokens
+                  device: str       # where the ids will be
                  ) -> list[Tensor]: # (1, length) int64
     "Held-out paragraphs of the shipped corpus, or random ids"
     if tokenizer is None:
@@ -502,15 +533,24 @@ def quiet():
     finally: logging.set_verbosity(level)
 
 # %% ../nbs/14_bench.ipynb #8989f15f
-def both_passes(large, small, source: Tensor, speed: float, repeats: int,
-                kinds=None) -> list[dict]:
+def both_passes(large,          # a model of transformers
+                small,          # likewise
+                source: Tensor, # (1, length) int64
+                speed: float,   # GB/s of the memory
+                repeats: int,   # of each pass
+                kinds=None      # backends, out of `MAKE`; None: all of the device
+               ) -> list[dict]:
     "The `pass_rows` of both models, with all backends"
     rows = []
     for which, model in (('large', large), ('small', small)):
         rows += pass_rows(which, backends(model, kinds), source, speed, repeats=repeats)
     return rows
 
-def overheads(systems: dict, sources: list, new: int, repeats: int) -> dict:
+def overheads(systems: dict, # by name; only those named BiLD are looked at
+              sources: list, # (1, length) int64 each
+              new: int,      # most tokens of a text
+              repeats: int   # the median counts
+             ) -> dict:      # shares from 0 to 1, by name
     "The share of its time that BiLD spends outside of passes, by system"
     def share(system): return outside(system.decoder, sources, max_new_tokens=new).share
     return {name: median(share(system) for _ in range(repeats))
@@ -533,20 +573,21 @@ def tried(systems: dict,  # by name
     return kept, notes
 
 # %% ../nbs/14_bench.ipynb #62c3c1a8
-def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `shipped`
-          small: str = 'shipped',
-          out=None,                # run folder; None writes nothing
-          trace=None,              # a file of recorded turns; None: the package's
-          n: int = 8,              # sources
-          length: int = 32,        # their tokens, where there is no text
-          new: int = 64,           # most tokens of a text
-          repeats: int = 3,
-          device: str = 'cpu',     # or `cuda`: the engine with CUDA graphs in bf16
+def bench(large: str = 'shipped', # a name in `SHAPES`, a folder, a hub id or `shipped`
+          small: str = 'shipped', # likewise; `shipped` is the aligned one
+          out=None,               # run folder; None writes nothing
+          trace=None,             # a file of recorded turns; None: the package's
+          n: int = 8,             # sources
+          length: int = 32,       # their tokens, where there is no text
+          new: int = 64,          # most tokens of a text
+          repeats: int = 3,       # of each text; passes are timed at least 5 times
+          device: str = 'cpu',    # or `cuda`: the engine with CUDA graphs in bf16
           policy: Policy | str = Policy.bild(.3, 4), # of BiLD, where the pair is real
-          kinds=None,              # backends, out of `MAKE`; None: all of the device
-          attempt=None             # tries each system before the race, as of `tried`
-         ) -> dict:                # what `run.json` holds
-    "Measure passes and whole texts of a pair beside its peers"
+          kinds=None,             # backends, out of `MAKE`; None: all of the device
+          attempt=None            # tries each system before the race, as of `tried`
+         ) -> dict:               # what `run.json` holds
+    """Measure passes and whole texts of a pair beside its peers; a `ValueError` first
+    for a device that is not here, another's folder, or models that are no pair"""
     if device not in KINDS or device == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device {device!r}: the bench runs on cpu, '
                          'and on cuda where torch finds a GPU')
@@ -574,7 +615,8 @@ def bench(large: str = 'shipped',  # a name in `SHAPES`, a folder, a hub id or `
     return run
 
 # %% ../nbs/14_bench.ipynb #e235ec51
-def check_bench(out: Path): # of `bench`
+def check_bench(out: Path # may be missing, empty, or an earlier run
+               ):         # of `bench`
     "A `ValueError` where something else lies, which would be written over"
     if not out.exists(): return
     ours = (out/'run.json').exists() and 'systems' in read_json(out/'run.json')
@@ -582,7 +624,10 @@ def check_bench(out: Path): # of `bench`
         raise ValueError(f'{out} holds something else than a bench: name a new folder '
                          'with --out')
 
-def write_run(out: Path, run: dict, rows: list[dict]):
+def write_run(out: Path,       # gets `records.jsonl`, then `run.json`
+              run: dict,       # what `bench` gives
+              rows: list[dict] # of `race`
+             ):
     "Write a run folder"
     lines = ''.join(json.dumps(r) + '\n' for r in rows)
     replace_file(out/'records.jsonl', lambda part: part.write_text(lines))
@@ -629,7 +674,9 @@ def bench_table(run: dict # of `bench`, or its `run.json`
     return '\n'.join([*lines, *run['notes'], verdict(run)])
 
 # %% ../nbs/14_bench.ipynb #ca03f8c9
-def fastest(run: dict, *begin: str) -> tuple: # its name, its `Standing`
+def fastest(run: dict,  # of `bench`, or its `run.json`
+            *begin: str # of names, e.g. `BiLD`
+           ) -> tuple:  # its name, its `Standing`
     "The fastest system whose name begins so"
     found = [(name, s) for name, s in run['systems'].items() if name.startswith(begin)]
     return max(found, key=lambda x: x[1]['speed'])

@@ -24,23 +24,28 @@ from .runs import Folder, Records, Siblings
 from .safe import digest, model_digest, replace_file, tokenizer_digest
 
 # %% ../nbs/22_calibrate.ipynb #685923e5
-def source_limit(tokenizer)->int:
+def source_limit(tokenizer # of transformers
+                )->int:
     "The longest source, in tokens: what the tokenizer states, or 1024"
     return tokenizer.model_max_length if tokenizer.model_max_length < 1e6 else 1024
 
-def ending(tokenizer)->int:
+def ending(tokenizer # of transformers
+          )->int:
     "How many special tokens the tokenizer puts at the end of a text"
     special = tokenizer('a', return_special_tokens_mask=True).special_tokens_mask
     return special[::-1].index(0)
 
-def shorten(ids:list[int], n:int, tail:int=1)->list[int]:
+def shorten(ids:list[int], # of one text
+            n:int,         # tokens
+            tail:int=1     # special tokens at the end
+           )->list[int]:
     "At most `n` tokens; the last `tail` of them, the end, stay the last"
     return ids if len(ids) <= n else ids[:n-tail] + ids[len(ids)-tail:]
 
 # %% ../nbs/22_calibrate.ipynb #b11f153d
 def source_ids(
-    tokenizer,
-    texts:list[str],
+    tokenizer, # of the large model
+    texts:list[str], # sources
     prefix:str='', # put before every text
     max_source:int|None=None # in tokens; None: what the tokenizer states
 )->dict[int, list[int]]: # position of a text to its token ids
@@ -72,13 +77,13 @@ def greedy(
 # %% ../nbs/22_calibrate.ipynb #0e34c8d2
 class Outputs(NamedTuple):
     "The greedy outputs of a batch"
-    texts: list[str]
+    texts: list[str] # in the order of the sources, without special tokens
     tokens: int # new ones, of all texts
     cut: int    # texts that have no end
 
 def outputs(
     model, # an encoder-decoder model
-    tokenizer,
+    tokenizer, # its own
     sources:list[list[int]], # token ids
     max_new_tokens:int=128 # longest output
 )->Outputs:
@@ -94,8 +99,8 @@ def outputs(
 
 # %% ../nbs/22_calibrate.ipynb #230bfd03
 def looped(
-    large:Model,
-    tokenizer,
+    large:Model, # on any backend
+    tokenizer, # its own
     sources:list[list[int]], # token ids
     max_new_tokens:int=128 # longest output
 )->Outputs:
@@ -114,7 +119,9 @@ def looped(
 
 # %% ../nbs/22_calibrate.ipynb #444ef4c3
 def calibration_settings(
-    model, tokenizer, rows, # what is decoded, and with what
+    model, # of transformers, or a `Model`
+    tokenizer, # its own
+    rows, # a `Dataset` with `id` and `source`
     **given # the other arguments of `calibrate` that the result depends on
 )->dict:
     "All that the outputs depend on"
@@ -133,9 +140,9 @@ def calibration_settings(
 # %% ../nbs/22_calibrate.ipynb #3ff48ecf
 def decode_batches(
     decode, # from a batch to its `Outputs`
-    batches:list[list[int]],
+    batches:list[list[int]], # positions of texts, one list a batch
     work:Path, # hidden folder of the records
-    siblings:Siblings,
+    siblings:Siblings, # the processes of this job, which share the batches
     bar # told the batch that was done, and its outputs
 )->list[dict]: # `id`, `targets`, `tokens`, `cut` of all; for the first process only
     "Decode the batches that nobody has decoded yet"
@@ -161,7 +168,7 @@ RESULT, WORK = 'data/train-00000-of-00001.parquet', '.calibration'
 def read_settings(
     out:str|Path # a calibration set, or any other folder, file or name
 )->dict|None: # None: not finished, or made by something else
-    "What a finished set was made with"
+    "What a finished set was made with; a `ValueError` for a damaged file"
     from pyarrow import parquet
     file = Path(out)/RESULT
     if not file.exists(): return None
@@ -180,9 +187,9 @@ def begun_with(file:Path # of the result
 
 # %% ../nbs/22_calibrate.ipynb #4365831f
 def write_result(
-    out:Path,
+    out:Path, # folder of the data set
     rows, # a `Dataset` with `id` and `source`
-    targets:list[str],
+    targets:list[str], # one a row, in the order of `rows`
     settings:dict # with counts
 ):
     "The card, then the parquet file"
@@ -228,11 +235,11 @@ def calibration_card(settings:dict # of the calibration, with counts
 
 # %% ../nbs/22_calibrate.ipynb #c66284ae
 def finish(
-    out:Path,
+    out:Path, # folder of the data set
     rows, # a `Dataset` with `id` and `source`
-    batches:list[list[int]],
+    batches:list[list[int]], # positions of texts, one list a batch
     done:list[dict], # what `decode_batches` gives
-    settings:dict
+    settings:dict # of the calibration, without counts
 ):
     "Put the outputs in the order of the rows, and write them"
     targets = ['']*len(rows)
@@ -259,7 +266,8 @@ def calibrate(
     restart:bool=False, # throw away what is there
     progress:bool=True # show a bar on stderr
 )->dict: # the settings, with counts
-    "Write the large model's greedy outputs for `rows` as a data set, on all processes"
+    """Write the large model's greedy outputs for `rows` as a data set, on all
+    processes. A `ValueError` where `out` holds something else, or other settings"""
     settings = calibration_settings(
         model, tokenizer, rows, name=name, task=task, prefix=prefix,
         max_source=max_source, max_new_tokens=max_new_tokens, max_tokens=max_tokens,
@@ -303,7 +311,7 @@ def encode_pairs(
     max_source:int|None=None, # longest source, in tokens; None: what `tokenizer` states
     max_target:int=128 # longest target, in tokens
 ): # a `Dataset` with `input_ids` and `labels`
-    "Token ids of both sides"
+    "Token ids of both sides; a `ValueError` if nothing can be learned from them"
     n, tail = max_source or source_limit(tokenizer), ending(tokenizer)
     nothing = {tokenizer.pad_token_id, tokenizer.eos_token_id}
     def add_prefix(row): return dict(source=prefix + row['source'])

@@ -18,7 +18,8 @@ from .decoder import check_position, probe, refuse_others, special, _ids, _rows
 # %% ../nbs/01b_causal.ipynb #1cab502a
 ATTENTION = {'full_attention', 'sliding_attention', 'chunked_attention'}
 
-def refuse_recurrent(model):
+def refuse_recurrent(model # of transformers
+                    ):
     "Raise a `ValueError` for a model whose layers keep more than keys and values"
     kinds = set(getattr(text_config(model), 'layer_types', None) or ())
     other = ', '.join(sorted(kinds - ATTENTION))
@@ -27,7 +28,8 @@ def refuse_recurrent(model):
                      f'a token out of ({other or "it is recurrent"}): BiLD runs '
                      'models all of whose layers attend to keys and values')
 
-def text_config(model):
+def text_config(model # of transformers, also one that sees pictures, too
+               ):
     "The config of the part that writes text"
     return model.config.get_text_config(decoder=True)
 
@@ -68,7 +70,9 @@ def read_settings(self: Causal) -> Settings:
                     limit=config.max_length, new=config.max_new_tokens,
                     positions=positions(text_config(model)))
 
-def positions(config) -> int | None:
+def positions(
+    config       # of the part that writes text
+) -> int | None: # tokens; with `longrope` where the second set of factors would begin
     "Tokens up to which a position stays what it is; None: any number"
     most = getattr(config, 'max_position_embeddings', None)
     rope = getattr(config, 'rope_parameters', None) or {}
@@ -79,13 +83,19 @@ def positions(config) -> int | None:
 @dataclass
 class CausalCache(Cache):
     "transformers' own cache, and how many tokens it holds"
-    kv: DynamicCache
+    kv: DynamicCache     # keys and values of transformers
     never: Tensor | None # ids that are never written
     length: int = 0      # tokens read, the prompt's among them
 
 # %% ../nbs/01b_causal.ipynb #f1a04d5f
 @patch
-def open(self: Causal, ids=None, mask=None, encoded=None, settings=None, room=64):
+def open(self: Causal,
+         ids=None,      # not used: the prompt comes with the passes
+         mask=None,     # not used
+         encoded=None,  # not used
+         settings=None, # that the text follows; None: the model's own
+         room=64        # not used: transformers' cache grows
+        ):              # a `CausalCache`
     "The cache of a text of which nothing is read yet: the prompt comes with the passes"
     settings = settings or self.settings()
     never = [i for i in settings.never if 0 <= i < settings.vocab]
@@ -94,7 +104,12 @@ def open(self: Causal, ids=None, mask=None, encoded=None, settings=None, room=64
 
 # %% ../nbs/01b_causal.ipynb #99ffe8e3
 @patch
-def forward(self: Causal, cache: CausalCache, tokens, at, last=None) -> Tensor:
+def forward(self: Causal,
+    cache: CausalCache, # of `open`
+    tokens, # (1, k) int64
+    at, # [position of the first]; later ones are forgotten
+    last=None # logits of so many of the last tokens only; None: of all
+) -> Tensor: # (1, k or last, vocabulary); -inf for ids that are never written
     "As `Model.forward`"
     (at,), k = at, tokens.shape[1]
     check_position(at, cache.length)
@@ -109,11 +124,11 @@ def forward(self: Causal, cache: CausalCache, tokens, at, last=None) -> Tensor:
     return logits
 
 # %% ../nbs/01b_causal.ipynb #28bbac77
-def unpad(ids: Tensor,               # (rows, length) int64, on the host
-          mask: Tensor | None,       # (rows, length) of 0 and 1
-          settings: Settings,
-          first: int = 0              # the number of the first row, for errors
-         ) -> list:                  # of lists of token ids
+def unpad(ids: Tensor,         # (rows, length) int64, on the host
+          mask: Tensor | None, # (rows, length) of 0 and 1
+          settings: Settings,  # say what padding is, where there is no mask
+          first: int = 0       # the number of the first row, for errors
+         ) -> list:            # of lists of token ids
     "The prompts without their padding; a `ValueError` that names a row without an end"
     if mask is None:
         pad = None if settings.pad in settings.eos else settings.pad
@@ -142,7 +157,7 @@ def joined(ids: Tensor,     # (rows, length): the prompts as they came
 def plain_model(model,         # a transformers model
                 tokenizer=None # shows texts in traces
                ) -> Model:
-    "The plain backend for a `model`: `Decoder` or `Causal`, by its config"
+    "The plain backend for a `model`: `Decoder` or `Causal`; else a `ValueError`"
     config = getattr(model, 'config', None)
     if getattr(config, 'is_encoder_decoder', False): return Decoder(model, tokenizer)
     if not hasattr(model, 'get_output_embeddings') or not model.get_output_embeddings():

@@ -63,7 +63,8 @@ def llama_family(model # of one of `CLASSES`
         turn_scale=inner.rotary_emb.attention_scaling,
         embed_scale=float(getattr(embedding, 'embed_scale', 1.)))
 
-def head_width(config) -> int:
+def head_width(config # of transformers; without `head_dim`, the heads share the width
+              ) -> int:
     "Width of a head"
     given = getattr(config, 'head_dim', None)
     return given or config.hidden_size//config.num_attention_heads
@@ -147,11 +148,16 @@ def paired(weight: Tensor, # (heads*d, ...)
 
 class Turns:
     "The rotation at each position, as complex numbers"
-    def __init__(self, family: Family, size: int = 64):
+    def __init__(self,
+                 family: Family, # with `turns`, the angle of each pair of numbers
+                 size: int = 64  # positions of the first table; it grows
+                ):
         self.angles, self.scale = family.turns, family.turn_scale
         self.table = self.make(size)
 
-    def make(self, size: int) -> Tensor: # (size, 1, d/2) complex
+    def make(self,
+             size: int   # of the table
+            ) -> Tensor: # (size, 1, d/2) complex
         "The rotations of positions 0 to `size - 1`"
         angle = torch.arange(size, dtype=torch.float32)[:, None]*self.angles
         return torch.polar(torch.full_like(angle, self.scale), angle)[:, None]
@@ -172,7 +178,11 @@ def turn(x: Tensor,    # (k, heads, d) of paired numbers
 # %% ../nbs/10b_causal_engine.ipynb #90d7023d
 class CausalLayer(Layer):
     "One layer of a model that continues its prompt"
-    def __init__(self, block: Block, family: Family, linear=linear):
+    def __init__(self,
+                 block: Block,   # whose weights are packed
+                 family: Family, # heads and their width
+                 linear=linear   # makes the products, as of `Layer`
+                ):
         a, d = block.attention, family.d_kv
         self.groups, self.d = family.kv_heads, d
         self.sizes = [x.shape[0] for x in (torch.cat((a.q, a.k)), a.v)]
@@ -244,7 +254,8 @@ class CausalEngine(Engine):
         check_same(self)
 
 # %% ../nbs/10b_causal_engine.ipynb #bd1d5ba8
-def each_row(product):
+def each_row(product # a function from (m, in) to (m, out), as of `linear8`
+            ):       # likewise; so a row's result does not depend on others
     "`product` of int8 weights, with each row of its input at a scale of its own"
     def scaled(x):
         most = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
@@ -266,7 +277,12 @@ def _lay_out(self: CausalEngine, family: Family):
     self.norm, self.head = norm(stack.norm, family.eps), steps(family.head)
 
 @patch
-def open(self: CausalEngine, ids=None, mask=None, encoded=None, settings=None, room=64
+def open(self: CausalEngine,
+         ids=None,      # not used: the prompt comes with the passes
+         mask=None,     # not used
+         encoded=None,  # not used
+         settings=None, # that the text follows; None: the model's own
+         room=64        # tokens that keys and values are made for at first
         ) -> CausalEngineCache:
     "The cache of a text of which nothing is read yet: the prompt comes with the passes"
     settings = settings or self.settings()
@@ -302,7 +318,9 @@ def _pass(self: CausalEngine, cache: CausalEngineCache, ids: Tensor, at: int, la
     return logits
 
 # %% ../nbs/10b_causal_engine.ipynb #1ec3c851
-def check_same(engine: CausalEngine):
+def check_same(
+    engine: CausalEngine # its logits may be .01 of their spread off, in int8 a half
+):
     "A `ValueError` if the engine's logits are not those of its model"
     most = engine.words - 1
     ids = torch.tensor([[min(i, most) for i in (3, 7, 2, 5, 11, 4)]])
@@ -320,15 +338,20 @@ def check_same(engine: CausalEngine):
                          'spread)')
 
 # %% ../nbs/10b_causal_engine.ipynb #2d2a90a3
-def is_causal(model) -> bool:
+def is_causal(model # of transformers
+             ) -> bool:
     "Whether a transformers model continues its prompt"
     return not getattr(model.config, 'is_encoder_decoder', False)
 
-def engine_why_not(model) -> str | None:
+def engine_why_not(model           # of transformers
+                  ) -> str | None: # a part of a sentence, "it …"
     "Why no engine in torch can hold `model`, or None"
     return undescribed(model) if is_causal(model) else unsupported(model)
 
-def engine_for(model, tokenizer=None, int8: bool = False) -> Engine:
+def engine_for(model,             # of transformers
+               tokenizer=None,    # shows texts in traces
+               int8: bool = False # weights in int8 (CPU, a model in fp32)
+              ) -> Engine:        # a `ValueError` says why there is none
     "The engine that can hold `model`"
     return (CausalEngine if is_causal(model) else Engine)(model, tokenizer, int8)
 

@@ -25,7 +25,8 @@ STYLES = dict(small=('', ''), fallback=('bold dark_orange', '[]'),
 LEGEND = dict(small='small', fallback='large after the draft',
               rollback='large after a rollback', refused='taken back')
 
-def writers(trace):
+def writers(trace # with its turns, as `generate(trace=True)` gives it
+           ):     # pairs of a token's id and a key
     "Every token that was written or struck out, and by whom: a key of `STYLES`"
     for turn in trace.events:
         for i, token in enumerate(turn.draft):
@@ -34,7 +35,10 @@ def writers(trace):
             yield turn.token, 'rollback' if turn.rollback else 'fallback'
 
 # %% ../nbs/90_cli.ipynb #32b355b6
-def styled(text: str, kind: str, colour: bool) -> tuple: # text, style
+def styled(text: str,   # of one token
+           kind: str,   # a key of `STYLES`
+           colour: bool # whether the terminal has it
+          ) -> tuple:   # text, style
     "`text` in its style, or with its marks"
     style, marks = STYLES[kind]
     if colour: return text, style
@@ -43,7 +47,10 @@ def styled(text: str, kind: str, colour: bool) -> tuple: # text, style
     spaces = ' '*(len(text) - len(body))
     return f'{spaces}{marks[0]}{body}{marks[1]}', ''
 
-def trace_text(trace, tokenizer, colour: bool = True): # a `rich.text.Text`
+def trace_text(trace,              # with its turns
+               tokenizer,          # of the pair
+               colour: bool = True # else marks around tokens
+              ):                   # a `rich.text.Text`
     "One trace for the terminal: the tokens, the legend, the counts"
     from rich.text import Text
     from bild_nb.trace import summary, token_text
@@ -55,16 +62,18 @@ def trace_text(trace, tokenizer, colour: bool = True): # a `rich.text.Text`
         line.append(*styled(name, kind, colour))
     return line.append(f'\n  {summary(trace)}')
 
-def print_trace(trace, tokenizer):
+def print_trace(trace,    # with its turns
+                tokenizer # of the pair
+               ):
     "A trace on stdout, in colour where there is colour"
     screen = console(sys.stdout)
     colour = bool(screen.color_system) and not screen.no_color
     screen.print(trace_text(trace, tokenizer, colour), soft_wrap=True)
 
 # %% ../nbs/90_cli.ipynb #0cfbfe1e
-def decoded_lines(stream, # binary
-                  name: str
-                 ):       # (`name, line 1`, text) pairs
+def decoded_lines(stream,   # binary
+                  name: str # of the stream, for errors
+                 ):         # (`name, line 1`, text) pairs
     "The lines of a UTF-8 stream, without their ends"
     for n, raw in enumerate(stream, 1):
         line = f'{name}, line {n}'
@@ -84,7 +93,9 @@ ShowTrace = flag('--show-trace', 'show which model wrote what')
 A_FILE = ('is a file, and its name is taken as the text; what is in it: '
           '--file')
 
-def read_input(text: str | None, file: Path | None):
+def read_input(text: str | None, # None or `-`: stdin, line by line
+               file: Path | None # of UTF-8 text; then there is no `text`
+              ):
     "Chunks of (name, text) pairs"
     if file:
         refuse_idle('give a text or --file, not both', file=text is not None)
@@ -98,7 +109,8 @@ def read_input(text: str | None, file: Path | None):
     if os.path.isfile(text): note(f'{text} {A_FILE} {text}')
     return [[('the text', text)]]
 
-def check_text(text: str):
+def check_text(text: str # of the command line
+              ):
     "Refuse a text that is empty, or came in another encoding"
     if not text.strip(): raise ValueError(EMPTY)
     try: text.encode()
@@ -107,7 +119,9 @@ def check_text(text: str):
                          'terminal to UTF-8, or put the text in a file') from e
 
 # %% ../nbs/90_cli.ipynb #aa33c2e7
-def encode(pair, chunk: list) -> list: # of ids
+def encode(pair,       # with a tokenizer
+           chunk: list # (name, text) pairs
+          ) -> list:   # of ids
     "Token ids of the texts in `chunk` that are not empty; what is cut is noted"
     named = {name: text for name, text in chunk if text.strip()}
     with warnings.catch_warnings(record=True) as caught:
@@ -120,7 +134,13 @@ def encode(pair, chunk: list) -> list: # of ids
 # %% ../nbs/90_cli.ipynb #5e93561b
 WINDOW = 128  # lines of a file that are sorted by length, and come out together
 
-def written(bild, ids: list, new: int, trace: bool, rows=(), **settings): # of pairs
+def written(bild,        # who writes
+            ids: list,   # (1, length) int64 each
+            new: int,    # longest output, in tokens
+            trace: bool, # whether turns are kept
+            rows=(),     # numbers of the texts, for draws
+            **settings   # of `generate`
+           ):            # of pairs
     "The `Output` of each source in order, and None; Ctrl-C with one that is not whole"
     from bild_nb.decode import GenerationInterrupted
     for at in range(0, len(ids), WINDOW):
@@ -135,13 +155,23 @@ def written(bild, ids: list, new: int, trace: bool, rows=(), **settings): # of p
             if isinstance(found[i], FloatingPointError): raise found[i]
             yield found[i], None if ended(bild, found[i], new) else broke
 
-def ended(bild, out, new: int) -> bool:
+def ended(bild,    # who wrote it
+          out,     # an `Output` of one text, maybe of an interrupted one
+          new: int # longest output, in tokens
+         ) -> bool:
     "Whether a text has come to its end"
     n, last = out.trace[0].new_tokens, out.sequences[0, -1].item()
     return n == new or n and last in bild.large.settings().eos
 
 # %% ../nbs/90_cli.ipynb #cb30c02e
-def translations(pair, policy, chunks, new: int = 128, trace: bool = False, **settings):
+def translations(
+    pair,                # with a tokenizer
+    policy,              # a `Policy`
+    chunks,              # lists of (name, text) pairs, as `read_input` gives them
+    new: int = 128,      # longest output, in tokens
+    trace: bool = False, # whether turns are kept
+    **settings           # of `generate`
+):
     "(source, translation, `Trace`) of each line at once; of an empty one '' and None"
     from bild_nb.decode import BigLittleDecoder
     bild = BigLittleDecoder(pair.large, pair.small, policy)
@@ -172,14 +202,19 @@ def translations(pair, policy, chunks, new: int = 128, trace: bool = False, **se
 RECORDED = ('new_tokens', 'accepted', 'large_tokens', 'fallbacks', 'rollbacks',
             'large_passes', 'small_passes', 'ms')
 
-def as_record(source: str, trace, **more) -> str:
+def as_record(source: str, # text that was given
+              trace,       # None: of an empty line, which has no counts
+              **more       # what else the line says
+             ) -> str:
     "One result as a line of JSON"
     counts = {name: getattr(trace, name) for name in RECORDED} if trace else {}
     line = json.dumps(dict(source=source, **more, **counts),
                       ensure_ascii=not has_all_letters(sys.stdout))
     return ''.join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
-def turns(trace, tokenizer) -> dict: # for `as_record`
+def turns(trace,    # with its turns, or None
+          tokenizer # of the pair
+         ) -> dict: # for `as_record`
     "The turns of a trace, if there is one"
     from bild_nb.trace import token_text
     def text(token): return token_text(tokenizer, token)
@@ -190,7 +225,8 @@ def turns(trace, tokenizer) -> dict: # for `as_record`
              for t in (trace.events if trace else [])]
     return dict(turns=found)
 
-def counted(traces: list) -> str:
+def counted(traces: list # one a text
+           ) -> str:
     "One line of counts of some texts"
     from bild_nb.trace import summary, total
     n = len(traces)
@@ -221,7 +257,13 @@ def translate(
         if trace: traces.append(trace)
     if verbose: note(counted(traces))
 
-def show(source: str, trace, tokenizer, show_trace: bool, as_json: bool, **text):
+def show(source: str,      # text that was given
+         trace,            # None: of an empty line
+         tokenizer,        # of the pair
+         show_trace: bool, # whether turns are shown
+         as_json: bool,    # a line of JSON instead of text
+         **text            # the result, by the name that JSON has for it
+        ):
     "Print one result at once"
     if as_json:
         more = turns(trace, tokenizer) if show_trace else {}
@@ -302,13 +344,20 @@ def generate(
     if broke: raise broke
 
 # %% ../nbs/90_cli.ipynb #20ca7741
-def messages(text: str, system: str | None) -> list:
+def messages(text: str,         # of the user
+             system: str | None # None: there is none
+            ) -> list:
     "A user's message, after a system message if there is one"
     before = [dict(role='system', content=system)] if system else []
     return [*before, dict(role='user', content=text)]
 
-def continued(pair, policy, prompt, new: int, trace: bool,
-              **settings) -> tuple:
+def continued(pair,        # of causal models
+              policy,      # a `Policy`; None: the pair's
+              prompt,      # a text or messages
+              new: int,    # longest output, in tokens
+              trace: bool, # whether turns are kept
+              **settings   # of `generate`
+             ) -> tuple:
     "What a causal pair writes behind a prompt, its `Trace`, and Ctrl-C or None"
     from bild_nb.decode import BigLittleDecoder
     ids = pair.prompt(prompt)
@@ -413,7 +462,8 @@ def bench(
     answer(run, bench.bench_table(run), as_json)
 
 # %% ../nbs/90_cli.ipynb #8d1cd17a
-def installed(name: str) -> str:
+def installed(name: str # as pip knows it
+             ) -> str:
     "The version of a package"
     try: return version(name)
     except PackageNotFoundError: return 'not installed'

@@ -212,7 +212,7 @@ SPLITS = 'train', 'validation', 'test'
 def help_de_en(
     split:str='test', # `train`, `validation` or `test`
 ): # a `datasets.Dataset` with `id`, `source`, `target`
-    "The LibreOffice help, German to English, as it ships with the package"
+    "The LibreOffice help, German to English, as shipped; a `ValueError` for no split"
     if split not in SPLITS:
         raise ValueError(f'split is one of {", ".join(SPLITS)}; got {split!r}')
     from datasets import Dataset

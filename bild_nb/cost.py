@@ -22,7 +22,7 @@ from .decode import BigLittleDecoder, Trace
 class Opened:
     "A text of `model` with `context` tokens read: a place to make passes at"
     def __init__(self,
-                 model: Model,
+                 model: Model,      # on any backend
                  input_ids: Tensor, # (1, source length) int64
                  context: int = 12, # tokens before the passes
                  most: int = 16     # tokens of the longest pass
@@ -47,18 +47,24 @@ class Opened:
         "Read what comes before the passes"
         self.model.forward(self.cache, self.tokens[:, :self.context], [0], 1)
 
-    def forward(self, k: int, skip: int = 0):
+    def forward(self,
+                k: int,       # tokens, the last k - 1 of them as a draft
+                skip: int = 0 # of the tokens that it reads over again
+               ):
         "A pass over `k` tokens, `skip` tokens after the context"
         use_threads(self.model)
         draft = self.tokens[:, :k - 1]
         self.model.verify(self.cache, self.tokens[:, :k], [self.context + skip], draft)
 
 # %% ../nbs/13_cost.ipynb #3fc4b0a0
-def synchronize(device: torch.device):
+def synchronize(device: torch.device # on a CPU there is nothing to wait for
+               ):
     "Wait for a GPU"
     if device.type == 'cuda': torch.cuda.synchronize(device)
 
-def clocked(f, device: torch.device) -> tuple: # what `f()` returned, and ms
+def clocked(f,                   # a function of nothing
+            device: torch.device # that it computes on
+           ) -> tuple:           # what `f()` returned, and ms
     "Call `f()` and say how long `device` worked on it"
     synchronize(device)
     started = time.perf_counter()
@@ -66,16 +72,18 @@ def clocked(f, device: torch.device) -> tuple: # what `f()` returned, and ms
     synchronize(device)
     return result, (time.perf_counter() - started)*1e3
 
-def ms_of(f, device: torch.device) -> float:
+def ms_of(f,                   # a function of nothing
+          device: torch.device # that it computes on
+         ) -> float:
     "ms that `f()` takes on `device`"
     return clocked(f, device)[1]
 
 # %% ../nbs/13_cost.ipynb #e254cc25
-def pass_times(model: Model,
+def pass_times(model: Model,              # whose passes are timed
                input_ids: Tensor,         # (1, source length) int64, a typical source
                ks: tuple = (1, 2, 4, 8),  # tokens of a pass
                context: int = 12,         # tokens read before it
-               repeats: int = 7,
+               repeats: int = 7,          # after one that does not count
                after: Model | None = None # steps before each pass; None: `model`
               ) -> dict:                  # {k: median ms, 'encoder': of the source}
     "Time of passes over `k` tokens, and of a source, each after a step of `after`"
@@ -95,8 +103,8 @@ def pass_times(model: Model,
     return {what: median(ms[1:]) for what, ms in times.items()}
 
 # %% ../nbs/13_cost.ipynb #95325ee6
-def pair_times(large: Model,
-               small: Model,
+def pair_times(large: Model,      # on any backend
+               small: Model,      # on the same device
                input_ids: Tensor, # (1, source length) int64, a typical source
                **kwargs           # of `pass_times`
               ) -> dict:          # who was before and who runs to `pass_times`
@@ -124,9 +132,9 @@ def interpolate(times: dict, # of `pass_times`
     return times[low] + (times[high] - times[low])*(k - low)/(high - low)
 
 # %% ../nbs/13_cost.ipynb #18a47d5a
-def cost(trace: Trace,
-         times: dict # of `pair_times`
-        ) -> float:  # ms
+def cost(trace: Trace, # with its `log` of passes
+         times: dict   # of `pair_times`
+        ) -> float:    # ms, encoders included; a `ValueError` without passes
     "What the passes of `trace` should take"
     if not trace.log: raise ValueError('this trace has no passes')
     passes = [(p[0], int(p[1:])) for p in trace.log]
@@ -158,7 +166,7 @@ def turns(names: list,   # of systems
 
 def interleaved(runs: dict,           # name to a function of nothing
                 device: torch.device, # they run on
-                repeats: int,
+                repeats: int,         # rounds; who begins moves on with each
                 first: int = 0        # who begins, counted round
                ) -> dict:             # name to its results and its ms, a list each
     "Run everything `repeats` times, in turns"
@@ -170,10 +178,10 @@ def interleaved(runs: dict,           # name to a function of nothing
     return {name: (results[name], ms[name]) for name in runs}
 
 # %% ../nbs/13_cost.ipynb #67549a37
-def timed(decoder: BigLittleDecoder,
-          ids: Tensor, # (1, source length) int64
-          new: int     # most new tokens
-         ) -> tuple:   # `Output`, ms
+def timed(decoder: BigLittleDecoder, # whose policy draws nothing
+          ids: Tensor,               # (1, source length) int64
+          new: int                   # most new tokens
+         ) -> tuple:                 # `Output`, ms
     "One text and its time"
     def run(): return decoder.generate(ids, max_new_tokens=new, trace=False)
     return clocked(run, decoder.large.device)
@@ -181,7 +189,7 @@ def timed(decoder: BigLittleDecoder,
 def measure(decoders: dict,   # name to `BigLittleDecoder`, all on one device
             ids: Tensor,      # (1, source length) int64
             new: int,         # most new tokens
-            repeats: int = 1,
+            repeats: int = 1, # times of one text; all texts should be the same
             first: int = 0,   # who begins, counted round
             seed: int = 0,    # of policies that draw
             row: int = 0      # likewise
@@ -198,8 +206,8 @@ def measure(decoders: dict,   # name to `BigLittleDecoder`, all on one device
 
 # %% ../nbs/13_cost.ipynb #83311577
 def summed_up(outputs: list, # `Output`s, or errors, of the same text
-              ms: list
-             ) -> dict: # `tokens`, `trace`, `ms`, `error`, `stable`
+              ms: list       # of each output
+             ) -> dict:      # `tokens`, `trace`, `ms`, `error`, `stable`
     "What one system did with a text"
     found = dict(tokens=None, trace=Trace(), ms=[], error=None, stable=True)
     errors = [o for o in outputs if isinstance(o, FloatingPointError)]
@@ -209,7 +217,8 @@ def summed_up(outputs: list, # `Output`s, or errors, of the same text
     return found | dict(stable=all(text == texts[0] for text in texts))
 
 # %% ../nbs/13_cost.ipynb #efb32361
-def twin(model: Model) -> Model:
+def twin(model: Model # `threads` of the twin may be set apart
+        ) -> Model:
     "Another object with the weights and the code of `model`; nothing is copied"
     other = object.__new__(type(model))
     vars(other).update(vars(model))
@@ -221,7 +230,9 @@ class Stopwatch:
     def __init__(self):
         self.seconds, self.running = 0., False
 
-    def around(self, f):
+    def around(self,
+               f # any function; it keeps its arguments
+              ):
         "`f`, timed"
         def timed(*args, **kwargs):
             if self.running: return f(*args, **kwargs)
@@ -234,13 +245,16 @@ class Stopwatch:
         return timed
 
 # %% ../nbs/13_cost.ipynb #346fea37
-def pass_names(model: Model) -> tuple:
+def pass_names(model: Model # on any backend
+              ) -> tuple:
     "The methods of `model` that are its passes"
     if hasattr(model, '_run'): return 'open', '_run'  # native: what calls C
     own = type(model).propose is not Model.propose
     return ('open', 'forward', 'verify') + ('propose',)*own
 
-def timed_twin(model: Model, watch: Stopwatch) -> Model:
+def timed_twin(model: Model,    # on any backend; stays as it is
+               watch: Stopwatch # adds up what all its twins take
+              ) -> Model:
     "A twin of `model` whose passes `watch` times"
     other = twin(model)
     for name in pass_names(model):
@@ -267,8 +281,8 @@ def outside(decoder: BigLittleDecoder, # on a CPU
     return Overhead(1 - watch.seconds/seconds, seconds)
 
 # %% ../nbs/13_cost.ipynb #f5486aba
-def turn_ms(large: Model,
-            small: Model,
+def turn_ms(large: Model,      # with its own `threads`
+            small: Model,      # likewise
             input_ids: Tensor, # (1, source length) int64
             repeats: int = 5   # turns that count
            ) -> float:         # median ms

@@ -64,7 +64,7 @@ class Trace:
     events: list = field(default_factory=list, repr=False)  # a `Turn` each
     ms: float = 0.            # the whole row
     encoder_ms: float = 0.    # both encoders
-    tokenizer: object = field(default=None, repr=False, compare=False)
+    tokenizer: object = field(default=None, repr=False, compare=False) # None: ids
 
     @property
     def new_tokens(self) -> int: return self.accepted + self.large_tokens
@@ -73,7 +73,10 @@ class Trace:
 
 # %% ../nbs/02_decode.ipynb #f276164b
 @patch
-def add(self: Trace, turn: Turn, keep: bool = True):
+def add(self: Trace,
+        turn: Turn,       # whose draft has been accepted or refused
+        keep: bool = True # whether it goes to `events`; counts change anyway
+       ):
     "Count a turn, and keep it among `events`"
     self.drafted += len(turn.draft)
     self.accepted += turn.accepted
@@ -97,7 +100,10 @@ class Output:
 # %% ../nbs/02_decode.ipynb #a03bf171
 SPECIAL = 'eos_token', 'pad_token', 'unk_token'
 
-def check_tokenizers(large, small, special=SPECIAL):
+def check_tokenizers(large,          # a transformers tokenizer
+                     small,          # likewise
+                     special=SPECIAL # names of special tokens that must agree, too
+                    ):
     "Raise a `ValueError` that names the first token on which two tokenizers differ"
     a, b = large.get_vocab(), small.get_vocab()
     if a != b:
@@ -114,7 +120,9 @@ def check_tokenizers(large, small, special=SPECIAL):
                          f'and {y!r} in the small one')
 
 # %% ../nbs/02_decode.ipynb #cd97ad69
-def check_pair(large: Model, small: Model) -> Settings:
+def check_pair(large: Model, # the model that verifies
+               small: Model  # the model that drafts, on the same device
+              ) -> Settings:
     "The settings of this pair's texts; a `ValueError` if the two cannot work together"
     check_kinds(large, small)
     a, b = large.tokenizer, small.tokenizer
@@ -129,7 +137,10 @@ def check_pair(large: Model, small: Model) -> Settings:
                          f'{both.vocab} rows: it belongs to another model')
     return both
 
-def check_kinds(large: Model, small: Model):
+def check_kinds(
+    large: Model, # the model that verifies
+    small: Model  # the model that drafts; may read the encoder of this `large`
+):
     "A `ValueError` unless both models are causal, or neither is"
     kinds = ('an encoder-decoder model', 'a causal model')
     a, b = (kinds[m.settings().causal] for m in (large, small))
@@ -139,7 +150,11 @@ def check_kinds(large: Model, small: Model):
         raise ValueError('the small model has no encoder and reads that of another '
                          'large model: load both with one load_pair')
 
-def common(large: Settings, small: Settings) -> Settings:
+# %% ../nbs/02_decode.ipynb #542760d9
+def common(
+    large: Settings, # of the model that verifies; the ends of causal texts are its own
+    small: Settings  # of the model that drafts
+) -> Settings:       # vocabulary and positions: the smaller; `never`: of both
     "What a text follows that two models write; a `ValueError` where they differ"
     for name in () if large.causal else ('start', 'eos', 'pad'):
         a, b = getattr(large, name), getattr(small, name)
@@ -154,7 +169,8 @@ def common(large: Settings, small: Settings) -> Settings:
 
 # %% ../nbs/02_decode.ipynb #bdc93a77
 class BigLittleDecoder:
-    "BiLD: a small model drafts, a large one verifies, a `Policy` decides"
+    """BiLD: a small model drafts, a large one verifies, a `Policy` decides
+    (paper, sections 3.2 to 3.5 and Algorithm 1)"""
     def __init__(self,
                  large,       # a `Model`, or a transformers model that writes text
                  small,       # likewise, with the same vocabulary
@@ -172,14 +188,14 @@ class Run:
     "One text while it is written: all that changes"
     tokens: list               # accepted so far, start tokens or prompt included
     limit: int                 # the longest that they may become
-    settings: Settings
-    trace: Trace
+    settings: Settings             # what both models of the pair follow
+    trace: Trace                   # counts, and turns if they are kept
     large: Cache | None = None  # None: the policy does not ask this model
-    small: Cache | None = None
+    small: Cache | None = None     # the same of the small model
     large_at: int = 0          # position that the large model reads next
-    small_at: int = 0
+    small_at: int = 0              # position that the small model reads next
     draft_state: object = None  # of the policy's rules
-    accept_state: object = None
+    accept_state: object = None    # what the accept rule's `begin` gave
     farthest: float | None = None  # of the policy; None: the rule is asked
     draws: Draws | None = None     # None: nothing is drawn
     name: str = ''                 # for errors: which row it is, if there are several
@@ -241,7 +257,11 @@ def _drafted(self: BigLittleDecoder, run: Run,
     return turn
 
 # %% ../nbs/02_decode.ipynb #5f8307ce
-def check_numbers(which: str, confidence: list, run: Run):
+def check_numbers(
+    which: str,       # `large` or `small`, for the message
+    confidence: list, # top probability of each position; NaN if logits were
+    run: Run          # gets the error, nothing is raised
+):
     "NaN is unequal to itself: such logits end a text with a `FloatingPointError`"
     if any(p != p for p in confidence):
         run.error = FloatingPointError(f'{run.name}the {which} model gave NaN logits')
@@ -315,7 +335,11 @@ def _turns(self: BigLittleDecoder, run: Run):
         rest = turn.rollback and 'second_pass' in quirks
 
 # %% ../nbs/02_decode.ipynb #3bc3a1d8
-def commit(run: Run, turn: Turn, token: int):
+def commit(
+    run: Run,   # gets the tokens; both caches forget what was refused
+    turn: Turn, # with `accepted` set; gets `rollback` and `token`
+    token: int  # the large model's, not written where a whole draft ended the text
+):
     "Write what stays of a draft and the `token` after it"
     y, before = run.tokens, len(run.tokens)
     turn.rollback = turn.accepted < len(turn.draft)
@@ -327,7 +351,9 @@ def commit(run: Run, turn: Turn, token: int):
         y.append(token)
     if run.follow is not None: run.follow.stop(run, turn, before)
 
-def unverified(run: Run, turn: Turn) -> Turn:
+def unverified(run: Run,  # gets the whole draft
+               turn: Turn # with a draft; all of it counts as accepted
+              ) -> Turn:
     "Write a draft that nobody reads"
     before = len(run.tokens)
     run.tokens += turn.draft
@@ -353,7 +379,10 @@ def _turns_together(self: BigLittleDecoder, runs: list):
         yield from zip(runs, turns)
         runs = [run for run in runs if not run.done]
 
-def sound(runs: list, *rows) -> list:
+def sound(
+    runs: list, # some may have an `error`
+    *rows       # lists with an entry for each run
+) -> list:      # lists: the runs that are left, then what is left of each of `rows`
     "`runs`, and what there is for each, without those that an error has ended"
     kept = [i for i, run in enumerate(runs) if not run.error]
     return [[x[i] for i in kept] for x in (runs, *rows)]
@@ -454,7 +483,8 @@ class GenerationInterrupted(KeyboardInterrupt):
     partial = None
 
 @contextmanager
-def telling(batch: Batch):
+def telling(batch: Batch # its output becomes `partial` of the error
+           ):
     "Let an error take along what is final"
     try: yield
     except KeyboardInterrupt as e:
@@ -465,7 +495,8 @@ def telling(batch: Batch):
         e.partial = batch.output()
         raise
 
-def refuse(errors: dict):
+def refuse(errors: dict # by row; if there is none, nothing is raised
+          ):
     "Raise the first of some rows' errors, which then names all of them"
     if not errors: return
     first, *_ = errors.values()
@@ -473,7 +504,9 @@ def refuse(errors: dict):
 
 # %% ../nbs/02_decode.ipynb #6392cdd4
 @contextmanager
-def counted(part: list):
+def counted(
+    part: list # texts written at once; an error of a single one passes unchanged
+):
     "Let an error for want of memory say how many texts would fit"
     try: yield
     except Exception as e:
@@ -485,7 +518,9 @@ def counted(part: list):
                          f'or shorter texts ({e})') from e
 
 # %% ../nbs/02_decode.ipynb #db8534ac
-def check_ids(ids, words: int):
+def check_ids(ids,       # what a caller gave; should be whole numbers, (rows, length)
+              words: int # rows of the smallest input embedding that reads them
+             ):
     "Raise an error that says what is wrong with `ids` of shape (rows, length)"
     if not isinstance(ids, Tensor):
         raise TypeError(f'input_ids is a {type(ids).__name__}: give a tensor')
@@ -501,7 +536,9 @@ def check_ids(ids, words: int):
     if low < 0 or high >= words:
         raise IndexError(f'token {bad} of input_ids is not in a vocabulary of {words}')
 
-def check_mask(mask, ids):
+def check_mask(mask, # what a caller gave; None: nothing is masked
+               ids   # checked by `check_ids`
+              ):
     "Raise an error that says what is wrong with the `mask` of a source `ids`"
     if mask is None: return
     if not isinstance(mask, Tensor):
@@ -513,7 +550,10 @@ def check_mask(mask, ids):
         raise ValueError('attention_mask has values other than 0 and 1')
 
 # %% ../nbs/02_decode.ipynb #f49d81aa
-def strip(input_ids, attention_mask, name: str = ''):
+def strip(input_ids, # (1, length) of one row
+          attention_mask, # (1, length), 0 where masked; None: all is source
+          name: str = '' # of the row, begins the error for a row that is all masked
+         ): # (1, n) from the first to the last token of the source; mask or None
     "The source without its padding, and the mask that is left (None: all is source)"
     if attention_mask is None: return input_ids, None
     on = attention_mask[0].nonzero()[:, 0]
@@ -524,7 +564,12 @@ def strip(input_ids, attention_mask, name: str = ''):
     return input_ids[:, first:after], None if len(on) == after - first else mask
 
 # %% ../nbs/02_decode.ipynb #fb01a71c
-def cut(ids, mask, settings: Settings, ends: set):
+def cut(
+    ids,                # (1, length)
+    mask,               # (1, length) of 0 and 1, or None
+    settings: Settings, # whose `positions` are the limit; None there: nothing is cut
+    ends: set           # ids of special tokens
+):                      # both, cut with a warning
     "At most as many source tokens as positions; `ends` at the source's end are kept"
     most = settings.positions
     if not most or ids.shape[1] <= most: return ids, mask
@@ -536,11 +581,13 @@ def cut(ids, mask, settings: Settings, ends: set):
     return ids[:, kept], None if mask is None else mask[:, kept]
 
 # %% ../nbs/02_decode.ipynb #c861816e
-def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
-                 prompt: int = 0,  # tokens of a prompt
-                 padding: int = 0, # before it, which lengths count, too
-                 name: str = ''    # for errors
-                ) -> int:
+def length_limit(settings: Settings,  # of the pair; say what holds if nothing is given
+                 max_new_tokens=None, # without the start tokens or prompt
+                 max_length=None,     # with them; not both
+                 prompt: int = 0,     # tokens of a prompt
+                 padding: int = 0,    # before it, which lengths count, too
+                 name: str = ''       # for errors
+                ) -> int:             # tokens; a `ValueError` if no new one fits
     "The longest sequence, start tokens or prompt included"
     start = prompt or len(settings.start)
     given = dict(max_new_tokens=max_new_tokens, max_length=max_length)
@@ -563,10 +610,13 @@ def length_limit(settings: Settings, max_new_tokens=None, max_length=None,
     return min(limit, most)
 
 # %% ../nbs/02_decode.ipynb #1260f542
-def find_draws(policy: Policy, seed: int | None, row: int,
-               drawn: bool = False # whether it is, whatever the policy says
-              ) -> Draws | None:
-    "What a text is drawn with; None: its policy draws nothing"
+def find_draws(
+    policy: Policy,     # whose accept rule may draw
+    seed: int | None,   # None: torch's generator gives one, where something is drawn
+    row: int,           # number of the text, from 0: each has draws of its own
+    drawn: bool = False # whether it is, whatever the policy says
+) -> Draws | None:
+    "What a text is drawn with; None: nothing; a `ValueError` for a useless `seed`"
     for name, value in dict(seed=0 if seed is None else seed, row=row).items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole: raise ValueError(f'{name}={value!r}: give a whole number')
@@ -590,7 +640,9 @@ def generate(self: BigLittleDecoder,
              row: int = 0,        # the number of the first row: each draws its own
              **settings           # of transformers' `generate`: see `bild_nb.generate`
             ) -> Output:
-    "Write a text for each row; errors have a `partial` output, see above"
+    """Write a text for each row. A `TypeError`, `ValueError` or `IndexError` says what
+    is wrong with the input, a `FloatingPointError` which rows have NaN logits; errors
+    have a `partial` output, see above"""
     lengths = max_new_tokens, max_length
     batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row, settings)
     with batch.writer._running(batch): deque(batch.writer._write(batch), 0)
@@ -610,7 +662,15 @@ def _batch(self: BigLittleDecoder, ids, mask, lengths, keep, seed, row,
     if len(batch.errors) == len(ids): refuse(batch.errors)
     return batch
 
-def plainly(bild: BigLittleDecoder, ids, mask, lengths, seed, row, settings) -> tuple:
+def plainly(
+    bild: BigLittleDecoder, # who writes
+    ids,                    # (rows, length) int64, on the host
+    mask,                   # (rows, length) of 0 and 1, or None
+    lengths,                # `max_new_tokens` and `max_length`, each may be None
+    seed,                   # as of `find_draws`
+    row,                    # number of the first row
+    settings                # none: with any, `bild_nb.generate.prepare` is asked
+) -> tuple:
     "Who writes, what texts begin with, a `Run` for each"
     both = bild._settings()
     begin = bild._prompts if both.causal else bild._sources
@@ -664,7 +724,10 @@ def _prompts(self: BigLittleDecoder, settings, ids, mask, lengths) -> tuple:
     return ids, runs
 
 # %% ../nbs/02_decode.ipynb #e38cb0f2
-def check_prompt(i: int, prompt: list, positions: int | None):
+def check_prompt(i: int,               # number of the row
+                 prompt: list,         # its tokens, without padding
+                 positions: int | None # that the pair has; None: any number
+                ):
     "A `ValueError` for row `i` if no token can stand behind its prompt"
     if positions is None or len(prompt) < positions: return
     raise ValueError(f'row {i} is a prompt of {len(prompt)} tokens, and the pair has '

@@ -24,7 +24,9 @@ from .shared import borrows, project
 from .stored import filled, values
 
 # %% ../nbs/01_decoder.ipynb #b070e9d6
-def special(model, name: str):
+def special(model,    # of transformers
+            name: str # e.g. `eos_token_id`
+           ):
     "Special token id(s), from the generation config or else the config; or None"
     found = getattr(model.generation_config, name, None)
     return getattr(model.config, name, None) if found is None else found
@@ -45,7 +47,7 @@ class Settings:
     start: tuple           # ids every text begins with: start token, forced first token
                            # (none of a causal model: a text begins with its prompt)
     eos: frozenset         # ids that end a text
-    pad: int | None
+    pad: int | None        # id that fills shorter rows of a batch; None: there is none
     never: tuple           # ids that are never written
     vocab: int             # ids that can be written are below this
     limit: int | None      # longest text, start included, by the generation config
@@ -55,7 +57,9 @@ class Settings:
     def causal(self) -> bool: return not self.start
 
 @patch(cls_method=True)
-def of(cls: Settings, model) -> Settings:
+def of(cls: Settings,
+       model # encoder-decoder, of transformers
+      ) -> Settings:
     "A transformers `model`'s settings as they are now; a `ValueError` without a start"
     start = _ids(special(model, 'decoder_start_token_id'))
     if not start:
@@ -93,7 +97,8 @@ NEUTRAL = dict(do_sample=False, num_beams=1, num_return_sequences=1, min_length=
     token_healing=False, guidance_scale=1., penalty_alpha=0., early_stopping=False)
 
 # %% ../nbs/01_decoder.ipynb #b31068e5
-def unfollowed(config: GenerationConfig) -> dict:
+def unfollowed(config: GenerationConfig # of transformers, as loaded or changed
+              ) -> dict:
     "Settings that change a text and are followed only if asked, with their values"
     given = {k: v for k, v in vars(config).items() if not k.startswith('_')}
     quiet = FOLLOWED | NO_EFFECT
@@ -108,7 +113,7 @@ def unfollowed(config: GenerationConfig) -> dict:
 @dataclass
 class Cache:
     "What one `generate` keeps of a model; only the model that opened it looks inside"
-    settings: Settings
+    settings: Settings # that the text follows
 
 # %% ../nbs/01_decoder.ipynb #8786ba08
 class Model:
@@ -147,11 +152,11 @@ class Model:
         raise NotImplementedError
 
     def forward(self,
-                cache: Cache,
-                tokens: Tensor,          # (rows, k) int64, on the host
-                at: list[int],           # (rows) position of the first
-                last: int | None = None  # how many last positions are wanted; None: all
-               ) -> Tensor:              # (rows, last, vocabulary), on the device
+                cache: Cache,           # what `open` gave
+                tokens: Tensor,         # (rows, k) int64, on the host
+                at: list[int],          # (rows) position of the first
+                last: int | None = None # how many last positions are wanted; None: all
+               ) -> Tensor:             # (rows, last, vocabulary), on the device
         "Forget what was read from `at` on, read `tokens`, give the logits after each"
         raise NotImplementedError
 
@@ -216,9 +221,10 @@ def held(self: Model) -> dict: # address to bytes
 # %% ../nbs/01_decoder.ipynb #e1ff00c1
 @patch
 def borrowed(self: Model,
-             ids, mask=None,
+             ids,               # (rows, source length) int64
+             mask=None,         # (rows, source length) of 0 and 1; None: all is source
              encoded: Tensor | None = None # of the large model's encoder
-            ) -> Tensor | None:            # as its decoder reads it
+            ) -> Tensor | None: # as its decoder reads it
     "What `open` reads in the place of an encoder's output; None: it has an encoder"
     if not self.borrows: return encoded
     if encoded is None and self.source is not None:
@@ -238,7 +244,8 @@ def transfer(*tensors) -> tuple: # the same, tensors on the host
     near = {id(t): next(parts).to(t.dtype).view(t.shape) for t in far}
     return tuple(near.get(id(t), t) for t in tensors)
 
-def on_host(scores: Scores) -> Scores:
+def on_host(scores: Scores # on any device
+           ) -> Scores:
     "`scores` with all but their logits on the host"
     *numbers, logits = scores
     return Scores(*transfer(*numbers), logits)
@@ -246,11 +253,11 @@ def on_host(scores: Scores) -> Scores:
 # %% ../nbs/01_decoder.ipynb #4523edd4
 @patch
 def verify(self: Model,
-           cache: Cache,
-           tokens: Tensor,  # (rows, k) not read before, the draft at their end
-           at: list[int],   # (rows) position of the first
-           draft: Tensor    # (rows, g) the drafted tokens, g < k
-          ) -> Scores:      # (rows, g + 1), with the `nll` of the draft; on the host
+           cache: Cache,   # what `open` gave
+           tokens: Tensor, # (rows, k) not read before, the draft at their end
+           at: list[int],  # (rows) position of the first
+           draft: Tensor   # (rows, g) the drafted tokens, g < k
+          ) -> Scores:     # (rows, g + 1), with the `nll` of the draft; on the host
     "Read `tokens` and give the scores of the last g + 1 positions"
     logits = self.forward(cache, tokens, at, draft.shape[1] + 1)
     return on_host(score(logits, draft.to(logits.device, non_blocking=True)))
@@ -258,15 +265,15 @@ def verify(self: Model,
 # %% ../nbs/01_decoder.ipynb #2be8b7d7
 @patch
 def propose(self: Model,
-            cache: Cache,
-            tokens: Tensor,       # (1, k) not read before
-            at: list[int],        # position of the first
-            rule,                 # a `DraftRule`
-            state,                # the rule's state
-            most: int,            # tokens of the draft, at least 1
-            logits: bool = False, # whether to keep the small model's logits
-            draws=None            # (most) uniform numbers; None: the argmax is drafted
-           ) -> Draft:
+    cache: Cache,         # what `open` gave
+    tokens: Tensor,       # (1, k) not read before
+    at: list[int],        # position of the first
+    rule,                 # a `DraftRule`
+    state,                # the rule's state
+    most: int,            # tokens of the draft, at least 1
+    logits: bool = False, # whether to keep the small model's logits
+    draws=None            # (1, most) uniform numbers; None: the argmax is drafted
+) -> Draft:               # one row; its `end` says why it stopped
     "Propose tokens one by one"
     found, confidence, kept, end = [], [], [], 'cap'
     none, (at,) = tokens[:, :0], at
@@ -317,9 +324,10 @@ def _again(kind, arguments, backend, threads):
     return made
 
 # %% ../nbs/01_decoder.ipynb #541e24eb
-def rollback_cache(cache: EncoderDecoderCache,
-                   n: int  # tokens to forget, counted from the end
-                  ) -> None:
+def rollback_cache(
+    cache: EncoderDecoderCache, # static or growing; cross-attention stays
+    n: int                      # tokens to forget, counted from the end
+) -> None:
     "Forget the last `n` tokens of the self-attention cache, without a copy"
     for layer in cache.self_attention_cache.layers:
         static = hasattr(layer, 'cumulative_length')
@@ -330,9 +338,9 @@ def rollback_cache(cache: EncoderDecoderCache,
 @dataclass
 class PlainCache(Cache):
     "transformers' own cache, and how many tokens it holds"
-    kv: EncoderDecoderCache
-    encoded: BaseModelOutput
-    mask: Tensor | None
+    kv: EncoderDecoderCache # keys and values of decoder and source
+    encoded: BaseModelOutput # what the decoder reads of the source
+    mask: Tensor | None  # (rows, source length) of 0 and 1; None: all is source
     never: Tensor | None # ids that are never written
     length: int = 0      # tokens read
 
@@ -354,7 +362,8 @@ class Decoder(Model):
     def made_with(self): return dict(super().made_with(), static=self.static)
 
 # %% ../nbs/01_decoder.ipynb #483d507c
-def refuse_others(model):
+def refuse_others(model # of transformers
+                 ):
     "Raise a `ValueError` for a model that is no encoder-decoder over token ids"
     name, config = type(model).__name__, getattr(model, 'config', None)
     if not getattr(config, 'is_encoder_decoder', False):
@@ -366,7 +375,13 @@ def refuse_others(model):
 
 # %% ../nbs/01_decoder.ipynb #613a659b
 @patch
-def open(self: Decoder, ids, mask=None, encoded=None, settings=None, room=64):
+def open(self: Decoder,
+         ids,           # (1, source length) int64, on any device
+         mask=None,     # (1, source length) of 0 and 1; None: all is source
+         encoded=None,  # (1, source length, d_model), if ready; None: the encoder runs
+         settings=None, # that the text follows; None: the model's own
+         room=64        # not used: transformers' cache grows
+        ):              # a `PlainCache`
     "As `Model.open`"
     settings, device = settings or self.settings(), self.device
     if mask is not None: mask = None if mask.all() else mask.to(device)
@@ -382,7 +397,12 @@ def open(self: Decoder, ids, mask=None, encoded=None, settings=None, room=64):
 
 # %% ../nbs/01_decoder.ipynb #16f260e5
 @patch
-def forward(self: Decoder, cache: PlainCache, tokens, at, last=None) -> Tensor:
+def forward(self: Decoder,
+    cache: PlainCache, # of `open`
+    tokens,            # (1, k) int64
+    at,                # [position of the first]; later ones are forgotten
+    last=None          # logits of so many of the last tokens only; None: of all
+) -> Tensor:           # (1, k or last, vocabulary); -inf for ids that are never written
     "As `Model.forward`"
     (at,), k, settings = at, tokens.shape[1], cache.settings
     check_position(at, cache.length)
@@ -398,22 +418,19 @@ def forward(self: Decoder, cache: PlainCache, tokens, at, last=None) -> Tensor:
 
 # %% ../nbs/01_decoder.ipynb #1f1440c7
 @patch
-def encoded(self: Decoder, ids, mask=None) -> Tensor:
-    "As `Model.encoded`"
-    encoder, ids = self.model.get_encoder(), ids.to(self.device)
-    if mask is not None: mask = mask.to(self.device)
-    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-
-# %% ../nbs/01_decoder.ipynb #5629ebbc
-@patch
-def encoded(self: Decoder, ids, mask=None) -> Tensor:
+def encoded(self: Decoder,
+            ids,        # (rows, source length) int64
+            mask=None   # (rows, source length) of 0 and 1; None: all is source
+           ) -> Tensor: # (rows, source length, d_model)
     "As `Model.encoded`"
     encoder, ids = self.model.get_encoder(), ids.to(self.device)
     if mask is not None: mask = mask.to(self.device)
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 # %% ../nbs/01_decoder.ipynb #77111289
-def check_position(at: int, length: int):
+def check_position(at: int,    # position of a pass's first token
+                   length: int # tokens that the cache holds
+                  ):
     "Raise a `ValueError` for a pass that would leave a hole"
     if 0 <= at <= length: return
     raise ValueError(f'a pass at position {at} of a text with {length} tokens read')
@@ -421,7 +438,9 @@ def check_position(at: int, length: int):
 # %% ../nbs/01_decoder.ipynb #53cbd8f2
 PROBED = {}  # what a model is made of to what is wrong with it, or None
 
-def probe(decoder: Model):
+def probe(
+    decoder: Model # an encoder-decoder; each kind of model is tried once a process
+):
     "A `ValueError` if the model's family cannot read cached tokens several at once"
     model = decoder.model
     made_of = type(model), frozenset(type(m) for m in model.modules())
@@ -462,7 +481,8 @@ _lock = threading.Lock()
 _evaluating = WeakKeyDictionary()  # a model to [users, modules in training mode]
 
 @contextmanager
-def evaluating(*models):
+def evaluating(*models # modules of PyTorch; may be in use by other threads, too
+              ):
     "Run `models` in eval mode without gradients, then give modules their modes back"
     with _lock:
         for model in models:
@@ -486,7 +506,8 @@ def _leave(model):
     del _evaluating[model]
 
 # %% ../nbs/01_decoder.ipynb #65da9503
-def use_threads(model: Model):
+def use_threads(model: Model # whose pass comes next; no `threads`: nothing changes
+               ):
     "Let torch use the model's own number of threads, if it has one"
     n = model.threads
     if n and torch.get_num_threads() != n: torch.set_num_threads(n)
@@ -506,11 +527,13 @@ def same_threads():
         if torch.get_num_threads() != before: torch.set_num_threads(before)
 
 # %% ../nbs/01_decoder.ipynb #09d5f4c1
-def size_gb(model) -> float:
+def size_gb(model # of PyTorch
+           ) -> float:
     "Memory of a model's weights, GB (1e9 bytes)"
     return sum(p.numel()*p.element_size() for p in model.parameters())/1e9
 
-def no_memory(e: BaseException) -> bool:
+def no_memory(e: BaseException # any error
+             ) -> bool:
     "Whether an error says that memory is full"
     full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
     told = str(e)

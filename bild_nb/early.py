@@ -48,7 +48,8 @@ def shell(module: Module,  # a decoder or a model
 def early_exit(model,      # a transformers model: T5, Llama, and their kin
                layers: int # how many of its decoder's first layers
               ):           # a model of the same class; its weights are those of `model`
-    "The first `layers` of a model as a model, without a copy of any weight"
+    """The first `layers` of a model as a model, without a copy of any weight;
+    a `ValueError` for a number of layers that it has not"""
     path, deep = layers_path(model)
     if type(layers) is not int or not 1 <= layers < deep:
         raise ValueError(f'layers={layers!r}: give a whole number from 1 to {deep - 1}')

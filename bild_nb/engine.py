@@ -33,7 +33,7 @@ class Attention:
     norm: Tensor # (d_model) scales what it reads
     q: Tensor    # (heads*d_kv, d_model)
     k: Tensor    # (kv_heads*d_kv, d_model), and so is v
-    v: Tensor
+    v: Tensor    # (kv_heads*d_kv, d_model)
     o: Tensor    # (d_model, heads*d_kv)
     bias: list | None = None   # of q, k and v
     scales: list | None = None # (d_kv) of the norms of a query's and a key's head
@@ -41,16 +41,16 @@ class Attention:
 @dataclass
 class Feed:
     "The weights of a feed-forward layer"
-    norm: Tensor
+    norm: Tensor # (d_model) scales what it reads
     wi: list     # one matrix (d_ff, d_model), or two: the first is activated
     wo: Tensor   # (d_model, d_ff)
 
 @dataclass
 class Block:
     "One layer of an encoder or decoder"
-    attention: Attention
+    attention: Attention    # to the tokens of its own stack
     cross: Attention | None # an encoder has none
-    feed: Feed
+    feed: Feed              # comes last
 
 # %% ../nbs/10_engine.ipynb #9cc7f5d2
 @dataclass
@@ -66,14 +66,14 @@ class Stack:
 class Family:
     "A model by the roles of its weights"
     encoder: Stack | None # None: it continues its prompt, or reads another's output
-    decoder: Stack
+    decoder: Stack    # always there
     head: Tensor      # (vocabulary, d_model), the output matrix
     scale: float      # of the decoder's last hidden state
-    heads: int
+    heads: int        # of queries
     d_kv: int         # width of a head
-    d_model: int
-    d_ff: int
-    gated: bool
+    d_model: int      # width of a hidden state
+    d_ff: int         # width inside of a feed-forward layer
+    gated: bool       # whether a feed-forward layer has two matrices in
     activation: str   # a name in `ACTIVATIONS`
     eps: float        # of the norms
     kv_heads: int = 0 # heads of keys and values; 0: as many as of queries
@@ -140,7 +140,8 @@ def t5_family(model # a `T5ForConditionalGeneration` or `MT5ForConditionalGenera
         gated=c.is_gated_act, activation=activation_name(c.dense_act_fn),
         eps=c.layer_norm_epsilon)
 
-def activation_name(given: str) -> str:
+def activation_name(given: str # as a config says it
+                   ) -> str:
     "A config's activation by one name, in `ACTIVATIONS` if it is there"
     return 'gelu_new' if given == 'gelu_pytorch_tanh' else given
 
@@ -155,7 +156,10 @@ def _other_modules(model) -> str | None:
         return f'{type(model).__name__} is neither T5 nor mT5'
     return other_modules(model, model.config.dense_act_fn)
 
-def other_modules(model, activation: str) -> str | None:
+def other_modules(
+    model,          # of transformers
+    activation: str # as its config says it
+) -> str | None:    # a part of a sentence, "it has …"; None: there is none
     "An activation or a module of another kind than the model's own and torch's plain"
     if activation_name(activation) not in ACTIVATIONS:
         return f'its activation {activation} is not one of {", ".join(ACTIVATIONS)}'
@@ -169,7 +173,8 @@ def other_modules(model, activation: str) -> str | None:
 # %% ../nbs/10_engine.ipynb #ef4e207f
 COLLECTS = 'transformers.utils.output_capturing'
 
-def other_code(model) -> str | None:
+def other_code(model           # of transformers
+              ) -> str | None: # a part of a sentence, "it has …"; None: there is none
     "Code that was put around a module"
     own = (type(model).__module__, 'torch.nn.modules.', 'transformers.activations',
            SharedEncoder.__module__)
@@ -188,13 +193,18 @@ def _other_weights(model) -> str | None:
     "A bias, or weights of another kind"
     return other_biases(model) or other_weights(model)
 
-def other_biases(model, known: tuple = ()) -> str | None:
+def other_biases(
+    model,            # of transformers
+    known: tuple = () # ends of names where a bias is expected
+) -> str | None:      # a part of a sentence, "its module …"; None: there is none
     "A bias of a module whose name does not end with one of `known`"
     for name, m in model.named_modules():
         if getattr(m, 'bias', None) is not None and not name.endswith(known):
             return f'its module {name} has a bias'
 
-def other_weights(model) -> str | None:
+def other_weights(
+    model        # of transformers
+) -> str | None: # a part of a sentence, "it is …"; None: all are usable
     "Weights that are no plain tensors in fp32 or bf16, or that nothing multiplies"
     for name, m in model.named_modules():
         if getattr(m, 'max_norm', None): return f'its embedding {name} has a max_norm'
@@ -330,8 +340,8 @@ def linear8(weight: Tensor, # (out, in)
 class Positions:
     "The position bias of a stack: a line over the distances `1 - size` to `size - 1`"
     def __init__(self,
-                 stack: Stack,
-                 dtype: torch.dtype,
+                 stack: Stack, # with a `bias`, not rotary
+                 dtype: torch.dtype, # of the line
                  size: int = 64 # tokens that the first line is made for
                 ):
         a = stack.bias
@@ -344,7 +354,9 @@ class Positions:
                               max_distance=a.relative_attention_max_distance)
         self.line = self.make(size)
 
-    def make(self, size: int) -> Tensor: # (heads, 2 size - 1)
+    def make(self,
+             size: int   # tokens that may see each other
+            ) -> Tensor: # (heads, 2 size - 1)
         "The line for `size` tokens"
         # key minus query
         distance = torch.arange(1 - size, size, device=self.table.device)
@@ -352,7 +364,9 @@ class Positions:
         if self.causal: line = line.masked_fill(distance > 0, -torch.inf)
         return line.contiguous()
 
-    def reach(self, n: int) -> Tensor:
+    def reach(self,
+        n: int   # tokens; a longer line than there is takes the next power of two
+    ) -> Tensor: # (heads, 2 size - 1), size at least n
         "A line for at least `n` tokens; its distance 0 lies in the middle"
         line = self.line
         if 2*n - 1 > line.shape[1]:
@@ -373,7 +387,9 @@ def window(self: Positions,
     return line[:, first:first + k - 1 + n].unfold(1, n, 1).flip(1)
 
 # %% ../nbs/10_engine.ipynb #09f1085f
-def norm(weight: Tensor, eps: float):
+def norm(weight: Tensor, # (d_model)
+         eps: float      # added to the mean square
+        ):               # a function from (m, d_model) to the same
     "T5's layer norm with `weight` as a function"
     if weight.device.type != 'cpu':
         return lambda x: F.rms_norm(x, weight.shape, weight, eps)
@@ -386,7 +402,11 @@ def norm(weight: Tensor, eps: float):
 # %% ../nbs/10_engine.ipynb #03c1072a
 class Layer:
     "One block: `linear` makes a function of each matrix"
-    def __init__(self, block: Block, family: Family, linear=linear):
+    def __init__(self,
+                 block: Block,   # whose weights are packed
+                 family: Family, # heads, activation and `eps` of it
+                 linear=linear   # see `linear`, `linear8`, `stepping`
+                ):
         def product(*weights): return linear(torch.cat(weights))
         a, c, f, eps = block.attention, block.cross, block.feed, family.eps
         self.heads, self.gated = family.heads, family.gated
@@ -410,7 +430,10 @@ def attend(q: Tensor,            # (heads, k, d)
     if q.shape[1] == 1: return out.view(1, -1)
     return out.transpose(0, 1).reshape(q.shape[1], -1)
 
-def split(x: Tensor, parts: int, heads: int) -> Tensor:
+def split(x: Tensor,  # of products that were made at once
+          parts: int, # e.g. 3 of queries, keys and values
+          heads: int  # of width d
+         ) -> Tensor:
     "(k, parts*heads*d) as (parts, heads, k, d)"
     k = x.shape[0]
     if k == 1: return x.view(parts, heads, 1, -1)
@@ -418,7 +441,10 @@ def split(x: Tensor, parts: int, heads: int) -> Tensor:
 
 # %% ../nbs/10_engine.ipynb #8760dae4
 @patch
-def encode(self: Layer, x: Tensor, bias: Tensor) -> Tensor:
+def encode(self: Layer,
+           x: Tensor,   # (source length, d_model)
+           bias: Tensor # (heads, source length, source length), a mask included
+          ) -> Tensor:  # as `x`
     "Self-attention over the source `x`"
     q, k, v = split(self.qkv(self.norm(x)), 3, self.heads)
     return x + self.o(attend(q, k.transpose(1, 2), v, bias))
@@ -427,10 +453,10 @@ def encode(self: Layer, x: Tensor, bias: Tensor) -> Tensor:
 def decode(self: Layer,
            x: Tensor,      # (k, d_model)
            store,          # puts new keys and values (2, heads, k, d) into the cache
-           keys: Tensor,   # of the cache, the new ones included
-           values: Tensor,
-           bias: Tensor
-          ) -> Tensor:
+           keys: Tensor,   # of the cache, the new ones included, (heads, d_kv, n)
+           values: Tensor, # likewise, (heads, n, d_kv)
+           bias: Tensor    # (heads, k, n), -inf for tokens that come later
+          ) -> Tensor:     # as `x`
     "Self-attention over the cache"
     new = split(self.qkv(self.norm(x)), 3, self.heads)
     store(new[1:])
@@ -438,13 +464,20 @@ def decode(self: Layer,
 
 # %% ../nbs/10_engine.ipynb #9abe9643
 @patch
-def cross(self: Layer, x: Tensor, keys: Tensor, values: Tensor, mask) -> Tensor:
+def cross(self: Layer,
+    x: Tensor,      # (k, d_model)
+    keys: Tensor,   # (heads, d_kv, source length)
+    values: Tensor, # (heads, source length, d_kv)
+    mask            # (1, 1, source length), added to the scores; None: all is seen
+) -> Tensor:        # as `x`
     "Attention to a source whose keys and values were made before"
     q = split(self.cross_q(self.cross_norm(x)), 1, self.heads)[0]
     return x + self.cross_o(attend(q, keys, values, mask))
 
 @patch
-def feed(self: Layer, x: Tensor) -> Tensor:
+def feed(self: Layer,
+         x: Tensor   # (k, d_model)
+        ) -> Tensor: # as `x`
     "The feed-forward layer"
     h = self.wi(self.feed_norm(x))
     if self.gated:
@@ -618,14 +651,22 @@ def _hidden(self: Engine, ids, mask) -> tuple: # ids, (1, 1, source length) or N
     return ids, bias.masked_fill_(hidden, torch.finfo(self.dtype).min)
 
 @patch
-def encoded(self: Engine, ids, mask=None) -> Tensor:
+def encoded(self: Engine,
+            ids,        # (1, source length) int64, anywhere
+            mask=None   # (1, source length) of 0 and 1; None: all is source
+           ) -> Tensor: # (1, source length, d_model)
     "As `Model.encoded`"
     ids, bias = self._hidden(ids, mask)
     return self.encode(ids[0].to(self.device, torch.int64), bias)[None]
 
 # %% ../nbs/10_engine.ipynb #59fb68fc
 @patch
-def open(self: Engine, ids, mask=None, encoded=None, settings=None, room=64
+def open(self: Engine,
+         ids,           # (1, source length) int64, anywhere
+         mask=None,     # (1, source length) of 0 and 1; None: all is source
+         encoded=None,  # (1, source length, d_model), if ready; None: the encoder runs
+         settings=None, # that the text follows; None: the model's own
+         room=64        # tokens that keys and values are made for at first
         ) -> EngineCache:
     "As `Model.open`"
     if settings is None: settings = self.settings()
@@ -668,7 +709,12 @@ def _checked(self: Engine, cache: EngineCache, tokens, at: list) -> Tensor: # (k
     return tokens[0].to(self.device, torch.int64, non_blocking=True)
 
 @patch
-def forward(self: Engine, cache: EngineCache, tokens, at, last=None) -> Tensor:
+def forward(self: Engine,
+    cache: EngineCache, # of `open`
+    tokens,             # (1, k) int64, on the host
+    at,                 # [position of the first]; later ones are forgotten
+    last=None           # logits of so many of the last tokens only; None: of all
+) -> Tensor:            # (1, k or last, vocabulary), on the device
     "As `Model.forward`"
     ids = self._checked(cache, tokens, at)
     return self._pass(cache, ids, at[0], ids.shape[0] if last is None else last)[None]
@@ -707,7 +753,12 @@ def _at(z: Tensor, tokens: Tensor) -> Tensor:
 
 # %% ../nbs/10_engine.ipynb #e689b88f
 @patch
-def verify(self: Engine, cache: EngineCache, tokens, at, draft) -> Scores:
+def verify(self: Engine,
+           cache: EngineCache, # of `open`
+           tokens,             # (1, k) not read before, the draft at their end
+           at,                 # [position of the first]
+           draft               # (1, g) the drafted tokens, g < k
+          ) -> Scores:         # (1, g + 1), with the `nll` of the draft; on the host
     "As `Model.verify`"
     ids = self._checked(cache, tokens, at)
     draft = draft[0].to(self.device, non_blocking=True)
@@ -717,8 +768,16 @@ def verify(self: Engine, cache: EngineCache, tokens, at, draft) -> Scores:
 
 # %% ../nbs/10_engine.ipynb #b042b9fa
 @patch
-def propose(self: Engine, cache, tokens, at, rule, state, most, logits=False,
-            draws=None) -> Draft:
+def propose(self: Engine,
+    cache,        # of `open`
+    tokens,       # (1, k) not read before
+    at,           # [position of the first]
+    rule,         # a `DraftRule`; one that is a number needs no object for each step
+    state,        # the rule's
+    most,         # tokens of the draft, at least 1
+    logits=False, # whether to keep them; then steps are the slower ones of `Model`
+    draws=None    # (1, most) uniform numbers; None: the argmax is drafted
+) -> Draft:       # one row; its `end` says why it stopped
     "As `Model.propose`"
     if rule.least is None or logits or draws is not None:
         return Model.propose(self, cache, tokens, at, rule, state, most, logits, draws)

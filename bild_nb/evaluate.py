@@ -51,10 +51,10 @@ class Protocol:
 @dataclass
 class Job:
     "What is to be measured, and how"
-    task: Task
-    pair: Pair
-    rows: Rows
-    protocol: Protocol = Protocol()
+    task: Task               # data set, metric and longest texts
+    pair: Pair               # on its device, with a tokenizer
+    rows: Rows               # examples with source and reference
+    protocol: Protocol = Protocol() # what is timed, and how often
     kind: str = 'other'      # of the small model, as `open_pair` gives it
     names: tuple = ('', '')  # of the two checkpoints
 
@@ -63,7 +63,9 @@ class Job:
 
 # %% ../nbs/33_evaluate.ipynb #be9d0547
 @patch
-def encode(self: Job, quiet: bool = False):
+def encode(self: Job,
+           quiet: bool = False # says nothing of texts that were cut
+          ):
     "Make `ids`, the token ids of the sources; how many were cut is said once"
     sources = [r['source'] for r in self.rows]
     names = [f'example {r["id"]}' for r in self.rows]
@@ -74,7 +76,10 @@ def encode(self: Job, quiet: bool = False):
 
 # %% ../nbs/33_evaluate.ipynb #eca05ebc
 @patch
-def scores(self: Job, output: str, reference: str) -> dict:
+def scores(self: Job,
+           output: str,   # what a system wrote
+           reference: str # whole; the task may say how many of its tokens count
+          ) -> dict:      # `reference` and `stats`; if it was cut, both ways
     "The part of a record that depends on the reference"
     cut = cut_reference(self.pair.tokenizer, reference, self.task.reference_tokens)
     found = dict(reference=reference, stats=self.metric.stats(output, cut))
@@ -85,10 +90,10 @@ def scores(self: Job, output: str, reference: str) -> dict:
 # %% ../nbs/33_evaluate.ipynb #fc894cc6
 @patch
 def record(self: Job,
-           i: int,       # the example
-           policy: Policy,
-           found: dict   # what `measure` gives
-          ) -> dict:
+           i: int,         # the example
+           policy: Policy, # of the system that wrote it
+           found: dict     # what `measure` gives
+          ) -> dict:       # of what JSON can hold
     "One line of `records.jsonl`"
     published = self.task.reference_tokens is not None
     tokens = [] if found['error'] else found['tokens']
@@ -104,11 +109,11 @@ def record(self: Job,
     return r
 
 # %% ../nbs/33_evaluate.ipynb #fbbaebbb
-def untimed(decoders: dict,
-            ids: dict,    # sources by their number, from which texts are drawn
-            new: int,
-            seed: int = 0 # of policies that draw
-           ):             # pairs: a key of `ids`, what `measure` gives
+def untimed(decoders: dict, # a `BigLittleDecoder` by system
+            ids: dict,      # sources by their number, from which texts are drawn
+            new: int,       # longest output, in tokens
+            seed: int = 0   # of policies that draw
+           ):               # pairs: a key of `ids`, what `measure` gives
     "Every system once on the sources of a batch"
     found, keys = {key: {} for key in ids}, list(ids)
     for name, decoder in decoders.items():
@@ -117,13 +122,17 @@ def untimed(decoders: dict,
             found[keys[i]][name] = summed_up([out], [])
     yield from found.items()
 
-def one_by_one(decoders: dict) -> list: # of sentences
+def one_by_one(decoders: dict # a `BigLittleDecoder` by system
+              ) -> list:      # of sentences
     "Which systems cannot share a pass"
     why = {name: d.why_alone() for name, d in decoders.items()}
     return [f'{name} is decoded text by text: {w}' for name, w in why.items() if w]
 
 # %% ../nbs/33_evaluate.ipynb #a54e6cc2
-def describe(decoder, name: str, vocabulary: int) -> dict:
+def describe(decoder,        # a `Model`, of one of the backends
+             name: str,      # of its checkpoint
+             vocabulary: int # tokens that both models can write
+            ) -> dict:
     "A model in `run.json`"
     m = decoder.model
     return dict(
@@ -135,7 +144,8 @@ def describe(decoder, name: str, vocabulary: int) -> dict:
         backend=decoder.backend,
         vocabulary=vocabulary)
 
-def environment(device: torch.device) -> tuple: # versions, hardware
+def environment(device: torch.device # where both models are
+               ) -> tuple:           # versions, hardware
     "What texts and times depend on"
     found = hardware()
     versions = dict(bild_nb=__version__)
@@ -146,7 +156,9 @@ def environment(device: torch.device) -> tuple: # versions, hardware
 
 # %% ../nbs/33_evaluate.ipynb #dd9675e0
 @patch
-def settings(self: Job, todo: dict) -> dict: # `Policy` by name
+def settings(self: Job,
+             todo: dict # `Policy` by name
+            ) -> dict:  # of what JSON can hold; a resume must find the same
     "All that the records depend on"
     large, small = self.pair.large, self.pair.small
     vocabulary = check_pair(large, small).vocab
@@ -166,7 +178,10 @@ def settings(self: Job, todo: dict) -> dict: # `Policy` by name
         tokenizer=tokenizer_digest(self.pair.tokenizer))
 
 @patch
-def identity(self: Job, todo: dict, world: int = 1) -> dict: # processes
+def identity(self: Job,
+             todo: dict,    # `Policy` by name
+             world: int = 1 # how many share the job
+            ) -> dict:      # `settings`, `versions`; of a timed run also `hardware`
     "All that may not change between start and resume"
     versions, machine = environment(self.pair.large.device)
     found = dict(settings=self.settings(todo), versions=versions)
@@ -174,20 +189,26 @@ def identity(self: Job, todo: dict, world: int = 1) -> dict: # processes
     return found
 
 # %% ../nbs/33_evaluate.ipynb #ef939ae5
-def systems(policies: list) -> dict: # `Policy` by name
+def systems(policies: list # a `Policy` or its text each
+           ) -> dict:      # `Policy` by name
     "The policies of a run; both models alone always run with them"
     todo = dict(large=Policy.large(), small=Policy.small())
     return todo | {str(p): p for p in map(as_policy, policies)}
 
 # %% ../nbs/33_evaluate.ipynb #13de1945
-def typical(pair: Pair, ids: list, new: int) -> dict: # as JSON has it
+def typical(
+    pair: Pair, # whose models are timed
+    ids: list,  # sources of the run, (1, length) each
+    new: int    # longest output, in tokens
+) -> dict:      # ms by number of tokens read, for each kind of pass; as JSON has it
     "Times of single passes of both models on a source of mean length"
     times = pair_times(pair.large, pair.small, mean_length(ids), ks=(1, 2, 4, 8, 11),
                        context=min(12, new), repeats=40)
     return {which: {str(k): ms for k, ms in t.items()} for which, t in times.items()}
 
 # %% ../nbs/33_evaluate.ipynb #ee9b4fc5
-def odd(records: list) -> str | None:
+def odd(records: list   # of the large model alone
+       ) -> str | None: # None with fewer than 8 records, too
     "A warning if the large model's outputs share next to no words with the references"
     def words(text): return set(re.findall(r'\w{3,}', text.lower()))
     def share(r):
@@ -200,14 +221,19 @@ def odd(records: list) -> str | None:
 
 # %% ../nbs/33_evaluate.ipynb #e3e66611
 @patch
-def mine(self: Job, run: Run) -> list: # of indices
+def mine(self: Job,
+         run: Run  # knows what is done, and who shares the rest
+        ) -> list: # of indices
     "The examples that this process has to do"
     todo = [i for i, r in enumerate(self.rows) if r['id'] not in run.records.examples]
     if self.protocol.order == 'length': todo.sort(key=lambda i: -self.ids[i].shape[1])
     return todo[run.siblings.rank::run.siblings.world]
 
 @patch
-def texts(self: Job, decoders: dict, mine: list):
+def texts(self: Job,
+    decoders: dict, # a `BigLittleDecoder` by system
+    mine: list # indices of examples; where it is timed, the first ones also warm up
+):
     "Pairs: an index, and what `measure` gives of every system"
     p, ids, new = self.protocol, self.ids, self.task.max_target
     if not p.timing:
@@ -221,7 +247,10 @@ def texts(self: Job, decoders: dict, mine: list):
 
 # %% ../nbs/33_evaluate.ipynb #650313a0
 @patch
-def work(self: Job, run: Run, todo: dict):
+def work(self: Job,
+         run: Run,  # gets a record for each example and system
+         todo: dict # `Policy` by name
+        ):
     "Do this process's share of the examples"
     pair, mine, seen = self.pair, self.mine(run), []
     decoders = {n: BigLittleDecoder(pair.large, pair.small, p) for n, p in todo.items()}
@@ -237,7 +266,10 @@ def work(self: Job, run: Run, todo: dict):
             if len(seen) == 8: warn(odd(seen), run.siblings)
 
 # %% ../nbs/33_evaluate.ipynb #ec4f48d6
-def progress(total: int, text: str, siblings: Siblings):
+def progress(total: int,        # examples of this process
+             text: str,         # in front of the bar
+             siblings: Siblings # the processes of this job
+            ):
     "A bar on stderr, of the first process"
     from tqdm import tqdm
     if siblings.world > 1: text += f', process 1 of {siblings.world}'
@@ -246,21 +278,24 @@ def progress(total: int, text: str, siblings: Siblings):
     return tqdm(total=total, desc=text, unit='example', mininterval=often,
                 dynamic_ncols=True, **hidden)
 
-def warn(text: str | None, siblings: Siblings):
+def warn(text: str | None,  # None: there is nothing to say
+         siblings: Siblings # the processes of this job
+        ):
     "A warning of the first process, if there is one"
     if text and siblings.main: warnings.warn(text)
 
 # %% ../nbs/33_evaluate.ipynb #08377c50
-def evaluate(task: Task,
-             pair: Pair,
-             rows: Rows,
-             policies: list,              # policies or their texts
-             out: Path,
-             protocol: Protocol = Protocol(),
-             kind: str = 'other',         # of the small model, as `open_pair` gives it
-             names: tuple = ('', '')      # of the two checkpoints
-            ) -> bool:                    # whether this is the process that reports
-    "Run a task into a run folder, or go on where it was left"
+def evaluate(task: Task, # what is written, and how it is scored
+             pair: Pair, # who writes; both models alone run as systems, too
+             rows: Rows, # of `load_rows`, with references
+             policies: list, # policies or their texts
+             out: Path, # the run folder; the same call again goes on where it was
+             protocol: Protocol = Protocol(), # what is timed, and how often
+             kind: str = 'other', # of the small model, as `open_pair` gives it
+             names: tuple = ('', '') # of the two checkpoints
+            ) -> bool: # whether this is the process that reports
+    """Run a task into a run folder, or go on where it was left; a `ValueError` if the
+    folder was begun with other settings, data or models"""
     job, todo = Job(task, pair, rows, protocol, kind, names), systems(policies)
     siblings = Siblings(cpu=pair.large.device.type == 'cpu')
     identity = job.identity(todo, siblings.world) if siblings.main else {}
@@ -275,7 +310,9 @@ def evaluate(task: Task,
     return siblings.main
 
 @patch
-def prepare(self: Job, run: Run):
+def prepare(self: Job,
+            run: Run # whose `run.json` gets the origin of the rows, and times of passes
+           ):
     "Note in `run.json` what is found out once"
     if 'origin' in run.info: return
     more = dict(origin=self.rows.origin, left_out=self.rows.left_out)

@@ -180,7 +180,7 @@ class Part:
     source: str        # its name, for errors
     unit: str = 'row'  # what rows are counted in: `line` or `row`
     at: list = field(default_factory=lambda: array('q'))  # the line or row of each row
-    table: pa.Table | None = None
+    table: pa.Table | None = None # None: not read yet
     left_out: dict = field(default_factory=dict)  # reason -> dict(count, first)
     dropped: set = field(default_factory=set)     # columns of several kinds
 

@@ -49,14 +49,16 @@ class Follow:
     prompt: list           # what the text begins with, as `generate` has it
     begun: int             # tokens that our text begins with, without padding
     row: int               # its number among `rows`
-    rows: int
+    rows: int              # of the batch that transformers prepared
     words: int             # the vocabulary that the processors expect
     kept: dict | None = None  # (raw, processed) logits by length of the prefix, if kept
-    streamer: object = None
+    streamer: object = None # gets the tokens of each turn; None: nobody does
     device: object = 'cpu'  # where `generate` has the ids
     ended: bool = False    # by a criterion
 
-    def ids(self, tokens: list) -> list:
+    def ids(self,
+            tokens: list # of the text so far, with what it begins with
+           ) -> list:
         "The ids that `generate` would have at these tokens"
         return self.prompt + tokens[self.begun:]
 
@@ -82,9 +84,9 @@ def process(self: Follow,
 @dataclass
 class FollowedCache(Cache):
     "The cache of another model, the tokens read into it, and what they follow"
-    inner: Cache
-    tokens: list
-    follow: Follow | None = None
+    inner: Cache # of the model that computes
+    tokens: list # by position; a pass overwrites what it forgets
+    follow: Follow | None = None # None: until the loop opened the text
 
 # %% ../nbs/05_generate.ipynb #b25dd37a
 class Followed(Model):
@@ -98,17 +100,33 @@ class Followed(Model):
         self.inner, self.raw, self.keeps, self.encoded = inner, raw, keeps, None
         self.threads, self.snapshot = inner.threads, inner.snapshot
     def settings(self): return self.inner.settings()
-    def open(self, ids=None, mask=None, encoded=None, settings=None, room=64):
+    def open(self,
+             ids=None,      # as of `Model.open`; None for causal models
+             mask=None,     # of 0 and 1; None: all is source
+             encoded=None,  # None: what `self.encoded` holds, or else the encoder's
+             settings=None, # that the text follows
+             room=64        # tokens that the text will probably have
+            ):
         ready = self.encoded if encoded is None else encoded
         found = self.inner.open(ids, mask, ready, settings, room)
         return FollowedCache(settings, found, [])
-    def forward(self, cache, tokens, at, last=None):
+    def forward(self,
+                cache,    # of `open`
+                tokens,   # (1, k) int64
+                at,       # [position of the first]
+                last=None # logits of so many of the last tokens only; None: of all
+               ):
         cache.tokens[at[0]:] = tokens[0].tolist()
         return self.inner.forward(cache.inner, tokens, at, last)
 
 # %% ../nbs/05_generate.ipynb #18f0793d
 @patch
-def verify(self: Followed, cache, tokens, at, draft):
+def verify(self: Followed,
+           cache,  # of `open`; its `follow` says what is processed and kept
+           tokens, # (1, k) not read before, the draft at their end
+           at,     # [position of the first]
+           draft   # (1, g) the drafted tokens, g < k
+          ):
     "As `Model.verify`: tokens and logits are processed, numbers only if not `raw`"
     raw = self.forward(cache, tokens, at, draft.shape[1] + 1)
     follow = cache.follow
@@ -128,7 +146,11 @@ def _certain(z: Tensor, raw: Tensor) -> Tensor:
 
 # %% ../nbs/05_generate.ipynb #2772bf11
 @patch
-def stop(self: Follow, run: Run, turn: Turn, before: int):
+def stop(self: Follow,
+         run: Run,   # loses what is behind the end
+         turn: Turn, # counts only what stays
+         before: int # tokens that the text had before this turn
+        ):
     "End the text at the first token behind `before` at which a criterion says so"
     n = self._end(run.tokens, before)
     if n < len(run.tokens):
@@ -158,7 +180,7 @@ def _scores(self: Follow, prefix):
 @dataclass(frozen=True)
 class Drawn(AcceptRule):
     "A rule that keeps what it keeps; the large model's own tokens are drawn"
-    of: AcceptRule
+    of: AcceptRule # decides which drafted tokens stay
     samples = True
     @property
     def raw(self): return self.of.raw
@@ -172,7 +194,9 @@ class Drawn(AcceptRule):
         return self.of.judge(large, small, draft, state, draws)
 
 # %% ../nbs/05_generate.ipynb #1cdca823
-def sampled(policy: Policy) -> Policy:
+def sampled(
+    policy: Policy # without quirks, else a `ValueError`
+) -> Policy:       # speculative sampling where the rule has a target, else `Drawn`
     "The policy with tokens that are drawn"
     if policy.quirks:
         raise ValueError(f"do_sample=True: the authors' program {policy} draws nothing")
@@ -204,7 +228,9 @@ STATEFUL = {f'{name}LogitsProcessor' for name in (
     'WhisperTimeStamp', 'DiaClassifierFreeGuidance', 'DiaEOSDelayPattern')}
 
 # %% ../nbs/05_generate.ipynb #f1ebdd9e
-def refuse(config: GenerationConfig, processors=()):
+def refuse(config: GenerationConfig, # all that was asked, of transformers
+           processors=()             # of logits; some must see each token once
+          ):
     "A `ValueError` that names a setting which is of another algorithm"
     usual = NEUTRAL | GenerationConfig._get_default_generation_params()
     for name in [*INSTEAD, *OTHERS]:
@@ -222,16 +248,22 @@ def refuse(config: GenerationConfig, processors=()):
 @dataclass
 class Asked:
     "What transformers' `generate` hands to a `custom_generate`"
-    model: object
+    model: object          # the large one, of transformers
     input_ids: Tensor      # (rows, length): decoder starts, or prompts
-    processors: list
-    criteria: list
-    config: GenerationConfig
+    processors: list       # what changes logits, a `LogitsProcessorList`
+    criteria: list         # what ends texts, a `StoppingCriteriaList`
+    config: GenerationConfig # with this call's settings in it
     inputs: Tensor | None  # what the encoder reads, (rows before they are repeated, …)
     more: dict             # what else would go to the model
 
-def gather(model, input_ids, logits_processor, stopping_criteria, generation_config,
-           inputs_tensor=None, **model_kwargs) -> Asked:
+def gather(model,              # the large one, of transformers
+           input_ids,          # (rows, length): decoder starts, or prompts
+           logits_processor,   # transformers' own and the caller's
+           stopping_criteria,  # likewise
+           generation_config,  # with the call's settings in it
+           inputs_tensor=None, # what the encoder reads; None: there is no encoder
+           **model_kwargs      # mask, encoder's output and so on
+          ) -> Asked:
     "A `custom_generate` that writes nothing"
     return Asked(model, input_ids, logits_processor, stopping_criteria,
                  generation_config, inputs_tensor, model_kwargs)
@@ -239,7 +271,10 @@ def gather(model, input_ids, logits_processor, stopping_criteria, generation_con
 # %% ../nbs/05_generate.ipynb #18bc0e3d
 class Following(BigLittleDecoder):
     "The loop for one call, following what was asked"
-    def __init__(self, bild: BigLittleDecoder, asked: Asked):
+    def __init__(self,
+        bild: BigLittleDecoder, # whose models and policy write
+        asked: Asked            # a `ValueError` for what cannot be followed of it
+    ):
         refuse(asked.config, asked.processors)
         policy, self.asked = bild.policy, asked
         draws = policy.uses_large and policy.accept.samples
@@ -258,7 +293,11 @@ class Following(BigLittleDecoder):
             if cache is not None: cache.follow = run.follow
 
 # %% ../nbs/05_generate.ipynb #0df6b7e6
-def settings_of(model: Model, asked: Asked, both: Settings) -> Settings:
+def settings_of(
+    model: Model,  # the large one, wrapped
+    asked: Asked,  # its config and stopping criteria say start, ends, length, pad
+    both: Settings # vocabulary, positions and forbidden ids
+) -> Settings:
     "The `Settings` of texts that follow what was asked; `both`: of the pair"
     m, criteria = model.model, asked.criteria
     view = SimpleNamespace(config=m.config, generation_config=asked.config,
@@ -275,12 +314,13 @@ def settings_of(model: Model, asked: Asked, both: Settings) -> Settings:
 # %% ../nbs/05_generate.ipynb #4bbc5756
 @patch
 def begin(self: Following,
-          both: Settings,        # of the pair
-          mask: Tensor,          # (rows, length), of prompts; not looked at for others
-          seed, row: int,        # as of `BigLittleDecoder.generate`
-          keep: bool = False,    # whether the large model's logits are kept
-          streamer=None
-         ) -> tuple: # (rows, length) of what texts begin with, a `Run` for each
+    both: Settings,     # of the pair
+    mask: Tensor,       # (rows, length), of prompts; not looked at for others
+    seed,
+    row: int,           # as of `BigLittleDecoder.generate`
+    keep: bool = False, # whether the large model's logits are kept
+    streamer=None       # gets the tokens of each turn; None: nobody does
+) -> tuple:             # (rows, length) of what texts begin with, a `Run` for each
     "Texts of which nothing is written yet"
     asked, words = self.asked, self.large.settings().vocab
     settings = settings_of(self.large.inner, asked, both)
@@ -301,7 +341,10 @@ def begin(self: Following,
     return ids, runs
 
 # %% ../nbs/05_generate.ipynb #41a63056
-def forced(ids: Tensor, settings: Settings, may: bool) -> Tensor:
+def forced(ids: Tensor,        # (rows, length) decoder starts, on the host
+           settings: Settings, # whose `start` may have a second, forced token
+           may: bool           # whether that token may be written without being chosen
+          ) -> Tensor:
     "Decoder starts with the first token that is forced, if there is one"
     start, room = settings.start, settings.limit > 2
     may = may and room and len(start) == 2 and start[1] not in settings.eos
@@ -311,7 +354,7 @@ def forced(ids: Tensor, settings: Settings, may: bool) -> Tensor:
 
 # %% ../nbs/05_generate.ipynb #5ed485b8
 def chosen(policy, fallback, rollback): # None: nothing was said
-    "The policy that the arguments name"
+    "The policy that the arguments name; a `ValueError` if they name two"
     if fallback is None and rollback is None: return policy
     if policy is not None: raise ValueError('give policy, or fallback and rollback')
     usual = as_policy(None)
@@ -319,7 +362,8 @@ def chosen(policy, fallback, rollback): # None: nothing was said
     if rollback is None: rollback = usual.accept.threshold
     return Policy.bild(fallback, rollback)
 
-def unwrapped(model):
+def unwrapped(model # of transformers, or a `PeftModel`; not one with a learned prompt
+             ):
     "A model without its wrapper by PEFT, whose adapters are in its layers"
     if not hasattr(model, 'get_base_model'): return model
     if getattr(model.active_peft_config, 'is_prompt_learning', False):
@@ -328,8 +372,12 @@ def unwrapped(model):
     return model.get_base_model()
 
 # %% ../nbs/05_generate.ipynb #a9786fda
-def decoder_of(model, small_model, policy, bild) -> BigLittleDecoder:
-    "The pair that a call is about"
+def decoder_of(model,       # the large one, of transformers
+               small_model, # of transformers, PEFT, or a `Model`
+               policy,      # a `Policy`, its text, or None: 0.6,2
+               bild         # a whole pair of this `model`; then nothing else is given
+              ) -> BigLittleDecoder:
+    "The pair that a call is about; a `ValueError` if it names none, or two"
     if bild is not None:
         if small_model is not None or policy is not None:
             raise ValueError('bild= has a small model and a policy: give it alone')
@@ -346,7 +394,8 @@ def decoder_of(model, small_model, policy, bild) -> BigLittleDecoder:
 HANDED = set("""attention_mask encoder_outputs cache past_key_values use_cache
     position_ids logits_to_keep labels""".split())  # transformers drops labels, too
 
-def check_more(more: dict):
+def check_more(more: dict # by name; None as a value is no setting
+              ):
     "A `ValueError` that names what goes to the model and would be lost here"
     for name, value in more.items():
         if value is not None and name not in HANDED:
@@ -382,7 +431,12 @@ def sources_of(asked: Asked) -> list: # ids, mask, encoded of each row
     return rows
 
 # %% ../nbs/05_generate.ipynb #51587c73
-def write(pair: BigLittleDecoder, asked: Asked, seed, streamer, trace: bool) -> tuple:
+def write(pair: BigLittleDecoder, # whose models and policy write
+          asked: Asked,           # all rows of it
+          seed,                   # of drawn texts; None: torch's generator gives one
+          streamer,               # gets tokens when they are final; for one row only
+          trace: bool             # whether turns are kept
+         ) -> tuple:
     "Write what was asked for: a `Run` for each row, and their ids as one tensor"
     bild, both = Following(pair, asked), pair._settings()
     check_more(asked.more)
@@ -400,7 +454,9 @@ def write(pair: BigLittleDecoder, asked: Asked, seed, streamer, trace: bool) -> 
     return runs, batch.output().sequences
 
 # %% ../nbs/05_generate.ipynb #47fa9aca
-def keeps(config: GenerationConfig, policy: Policy) -> bool:
+def keeps(config: GenerationConfig, # they also need `return_dict_in_generate`
+          policy: Policy            # must verify every token, by the large model
+         ) -> bool:
     "Whether logits are wanted; a `ValueError` if the large model does not see all"
     names = [n for n in ('output_scores', 'output_logits') if getattr(config, n)]
     if not (names and config.return_dict_in_generate): return False
@@ -408,7 +464,10 @@ def keeps(config: GenerationConfig, policy: Policy) -> bool:
     raise ValueError(f'{names[0]}=True: under the policy {policy} the large model does '
                      'not see every token')
 
-def logits_of(runs: list, n: int, which: int) -> tuple: # of (rows, vocabulary)
+def logits_of(runs: list, # of finished texts, with `kept` logits
+              n: int,     # new tokens of the longest row
+              which: int  # 0 or 1, see above
+             ) -> tuple:  # of (rows, vocabulary)
     "The raw (0) or processed (1) logits of n tokens"
     first = runs[0].follow.kept[len(runs[0].follow.prompt)][which]
     ended = torch.full_like(first, -math.inf)
@@ -419,7 +478,10 @@ def logits_of(runs: list, n: int, which: int) -> tuple: # of (rows, vocabulary)
     return tuple(torch.cat([at(run, i) for run in runs]) for i in range(n))
 
 # %% ../nbs/05_generate.ipynb #4a7b3ec8
-def output(runs: list, sequences: Tensor, asked: Asked):
+def output(runs: list,        # one a row
+           sequences: Tensor, # (rows, length) int64
+           asked: Asked       # whose config says what else is returned
+          ):                  # `sequences`, or transformers' output with them
     "What `generate` returns"
     config = asked.config
     if not config.return_dict_in_generate: return sequences
@@ -433,16 +495,21 @@ def output(runs: list, sequences: Tensor, asked: Asked):
 
 # %% ../nbs/05_generate.ipynb #ce13200f
 def bild_generate(
-    model,               # the large one; this and the next four come from transformers
-    input_ids, logits_processor, stopping_criteria, generation_config,
-    small_model=None,    # a transformers model with the same vocabulary, or a `Model`
-    policy=None,         # a `Policy` or its text; None: 0.6,2
-    fallback=None,       # instead: the threshold of the small model's confidence
-    rollback=None,       # and the one of the large model's distance, in nats
-    seed=None,           # of drawn texts; None: torch's generator gives one
-    traces=None,         # a list that gets a `Trace` for each row
-    bild=None,           # instead: a `BigLittleDecoder` of `model`, on any backend
-    streamer=None, inputs_tensor=None, **model_kwargs
+    model,              # the large one; this and the next four come from transformers
+    input_ids,          # (rows, length): decoder starts, or prompts
+    logits_processor,   # followed at every position of a draft
+    stopping_criteria,  # followed token by token
+    generation_config,  # a `ValueError` names what BiLD cannot follow
+    small_model=None,   # a transformers model with the same vocabulary, or a `Model`
+    policy=None,        # a `Policy` or its text; None: 0.6,2
+    fallback=None,      # instead: the threshold of the small model's confidence
+    rollback=None,      # and the one of the large model's distance, in nats
+    seed=None,          # of drawn texts; None: torch's generator gives one
+    traces=None,        # a list that gets a `Trace` for each row
+    bild=None,          # instead: a `BigLittleDecoder` of `model`, on any backend
+    streamer=None,      # gets tokens when they are final; for one row only
+    inputs_tensor=None, # what the encoder reads
+    **model_kwargs      # mask, encoder's output; others are refused by name
 ):
     "The loop as `custom_generate=` of transformers; returns what `generate` returns"
     said = _followed.set(True)
@@ -460,7 +527,10 @@ ARGUMENTS = set("""generation_config logits_processor stopping_criteria tokenize
     prefix_allowed_tokens_fn""".split())
 RETURNS = 'return_dict_in_generate', 'output_scores', 'output_logits'
 
-def check_names(settings: dict, policy: Policy):
+def check_names(
+    settings: dict, # by name; unknown ones are a `TypeError`
+    policy: Policy  # one that draws makes settings of sampling mean something
+):
     "Refuse by name what no one follows, or what would do nothing"
     known = vars(GenerationConfig()).keys() | ARGUMENTS
     unknown = [str(name) for name in settings if name not in known or name[0] == '_']
@@ -475,7 +545,8 @@ def check_names(settings: dict, policy: Policy):
         if settings[name] is None: continue
         raise ValueError(f'{name}={settings[name]}: say do_sample=True, too')
 
-def check_config(settings: dict):
+def check_config(settings: dict # of a `GenerationConfig`, by name
+                ):
     "Refuse settings in the form of text by name, before there is a pair"
     own = {k: v for k, v in settings.items() if k not in ARGUMENTS}
     check_names(own, Policy.large())
@@ -484,7 +555,11 @@ def check_config(settings: dict):
     refuse(GenerationConfig(**settings))
 
 # %% ../nbs/05_generate.ipynb #b5558eb3
-def configured(bild: BigLittleDecoder, settings: dict, limit: int | None) -> tuple:
+def configured(
+    bild: BigLittleDecoder, # whose tokenizer and policy count
+    settings: dict,         # of `generate`, by name
+    limit: int | None       # longest text in tokens; None: the config given says it
+) -> tuple:                 # `GenerationConfig`, dict of processors, criteria and so on
     "The config that settings make, and what else `generate` is to be given"
     more = {k: v for k, v in settings.items() if k in ARGUMENTS and v is not None}
     own = {k: v for k, v in settings.items() if k not in ARGUMENTS}
@@ -503,7 +578,13 @@ def configured(bild: BigLittleDecoder, settings: dict, limit: int | None) -> tup
     return config, more
 
 # %% ../nbs/05_generate.ipynb #405d9722
-def ask(large: Model, both: Settings, ids, mask, config, more: dict) -> Asked:
+def ask(large: Model,   # whose own config gives ids only
+        both: Settings, # settings of the pair
+        ids,            # (rows, length) int64
+        mask,           # (rows, length) of 0 and 1
+        config,         # from `configured`
+        more: dict      # from `configured`
+       ) -> Asked:
     "What transformers makes of all this"
     view, followed = copy.copy(large.model), {}
     for name in FOLLOWED - {'max_length', 'max_new_tokens'}:
@@ -519,7 +600,15 @@ def ask(large: Model, both: Settings, ids, mask, config, more: dict) -> Asked:
     return found
 
 # %% ../nbs/05_generate.ipynb #03ad0132
-def prepare(bild: BigLittleDecoder, ids, mask, lengths, seed, row, settings) -> tuple:
+def prepare(
+    bild: BigLittleDecoder, # who writes
+    ids,                    # (rows, length) int64, on the host
+    mask,                   # (rows, length); None: from the padding in `ids`
+    lengths,                # `max_new_tokens` and `max_length`, each may be None
+    seed,                   # of drawn texts; None: torch's generator gives one
+    row,                    # number of the first row
+    settings                # by name, at least one
+) -> tuple:                 # who writes, what texts begin with, a `Run` for each
     "As `plainly`, for settings of transformers' `generate`"
     check_names(settings, bild.policy)
     both = bild._settings()
@@ -542,9 +631,15 @@ def prepare(bild: BigLittleDecoder, ids, mask, lengths, seed, row, settings) -> 
 # %% ../nbs/05_generate.ipynb #a758ca2f
 FOLDER = str(files('bild_nb')/'hub')  # for `custom_generate=`
 
-def from_folder(model, assistant_model=None, streamer=None, tokenizer=None,
-                stopping_criteria=None, synced_gpus=None, assistant_tokenizer=None,
-                **settings):
+def from_folder(model,                    # the large one, whose `generate` runs
+                assistant_model=None,     # the small one; also as `small_model`
+                streamer=None,            # gets tokens when they are final
+                tokenizer=None,           # for `stop_strings`
+                stopping_criteria=None,   # with these, those of stop strings
+                synced_gpus=None,         # refused if true
+                assistant_tokenizer=None, # refused if given
+                **settings                # of `generate` and `bild_generate`
+               ):                         # what `generate` returns
     "`model.generate` with `bild_generate`, for what a function is not handed"
     wrong = dict(assistant_tokenizer=assistant_tokenizer, synced_gpus=synced_gpus)
     for name, value in wrong.items():

@@ -151,7 +151,7 @@ def _work(self: GraphEngine, tokens: int) -> dict:
 @dataclass
 class GraphCache(Cache):
     "The `Buffers` of one text, as long as it lives"
-    buffers: Buffers
+    buffers: Buffers # memory and graphs; lent again when the text is gone
     length: int = 0  # tokens read
 
 # %% ../nbs/12_graphs.ipynb #66a3ee68

@@ -18,11 +18,17 @@ from fastcore.meta import delegates
 from .options import *
 
 # %% ../nbs/88_making.ipynb #7f966ea6
-def called(where: str) -> str:
+def called(where: str # a folder or a hub id
+          ) -> str:
     "A model's name on a card: a folder's own, without where it lies"
     return Path(where).resolve().name if Path(where).is_dir() else where
 
-def loaded(where: str, which: str, device, dtype: str = 'fp32') -> tuple:
+def loaded(
+    where: str,         # a folder, a hub id or `shipped`
+    which: str,         # `large` or `small`, for errors
+    device,             # where the model will be
+    dtype: str = 'fp32' # fp32, bf16 or fp16
+) -> tuple:             # of transformers; a `ValueError` where the tokenizer lacks
     "A model and the tokenizer that it must have"
     from bild_nb.pair import load_model
     model, tokenizer = load_model(where, which, str(device), dtype)
@@ -72,10 +78,10 @@ def train(
     answer(dict(out=str(out), left_out=left_out, **made), text, as_json)
 
 # %% ../nbs/88_making.ipynb #592074f6
-def next_steps(data: str,
-               task,     # a `Task`, that says how to read the data
-               out: Path # what `bild train` made
-              ) -> str:  # a line of a shell each
+def next_steps(data: str, # as the command line has it
+               task,      # a `Task`, that says how to read the data
+               out: Path  # what `bild train` made
+              ) -> str:   # a line of a shell each
     "The commands that lead from two models to a pair"
     large, small, aligned = (out/name for name in ('large', 'small', 'aligned'))
     read = ['text', '--data', data]
@@ -96,7 +102,10 @@ def next_steps(data: str,
 # %% ../nbs/88_making.ipynb #bf549673
 PRECISIONS = 'fp32', 'bf16', 'fp16', 'int8'
 
-def writer(where: str, device, dtype: str) -> tuple: # for `calibrate`
+def writer(where: str, # a folder, a hub id or `shipped`
+           device,     # a model on a CPU is run by our own backends, if they can
+           dtype: str  # fp32, bf16, fp16 or int8
+          ) -> tuple:  # for `calibrate`
     "What writes a calibration set (a `Model`, or one of transformers); its tokenizer"
     from bild_nb.pair import decoder_for
     int8 = dtype == 'int8'
@@ -158,7 +167,11 @@ def calibrate(
     answer(dict(out=str(out), left_out=rows.left_out, **made), text, as_json)
 
 # %% ../nbs/88_making.ipynb #8174d6e3
-def value(kind, metavar, text, **more):
+def value(kind,    # type of the value
+          metavar, # the value in the help
+          text,    # the help
+          **more   # of `typer.Option`
+         ):        # an annotation
     "An option that changes a value of the recipe"
     return option(kind, metavar, text, 'of the recipe', **more)
 
@@ -216,7 +229,12 @@ def listened_to(large: str | None, # option
     for where in (made.get('large'), task and task.large):
         if where == 'shipped' or where and Path(where).is_dir(): return where
 
-def load_listener(where: str, made: dict, device, small_tokenizer): # a model
+def load_listener(
+    where: str,     # a folder, a hub id or `shipped`
+    made: dict,     # settings of the calibration set; empty if it is not ours
+    device,         # where the model will be
+    small_tokenizer # must be equal to its own
+):                  # a model
     "The large model of an alignment"
     from bild_nb.decode import check_tokenizers
     from bild_nb.safe import model_digest
@@ -227,7 +245,8 @@ def load_listener(where: str, made: dict, device, small_tokenizer): # a model
                       f'({made["large"]}), or its weights have changed')
     return model
 
-def stored_half(where: str) -> bool:
+def stored_half(where: str # a folder, a hub id or `shipped`
+               ) -> bool:
     "Whether a model's files are in fp16; the aligned one will be, too"
     import torch
     from transformers import AutoConfig
@@ -251,9 +270,12 @@ Temperature = option(float, 'T', 'of these drafts; 0 is greedy', '1')
 Top = option(int, 'N', "learn from the large model's N likeliest tokens of each place; "
              'for forward, js and tv', 'all tokens', min=1)
 
-def align_names(task,           # a `Task` or None
-                calibration, pair, large, small # options
-               ) -> tuple:      # calibration set, large (or None), small
+def align_names(task,        # a `Task` or None
+                calibration, # of `--calibration`, or None
+                pair,        # folder of `--pair`, or None
+                large,       # of `--large`, or None
+                small        # of `--small`, or None
+               ) -> tuple:   # calibration set, large (or None), small
     "What the options of `bild align` name, or else the task"
     from bild_nb.tasks import KINDS, checkpoints
     large, small = model_names(pair, large, small)
@@ -339,13 +361,23 @@ def align(
     answer(data, aligned_text(out, result), as_json)
 
 # %% ../nbs/88_making.ipynb #c65c2fc0
-def align_policy(asked, large: str | None, small: str): # a `Policy`
+def align_policy(asked,             # the `Policy` of `--policy`, or None
+                 large: str | None, # None: only its outputs are here
+                 small: str         # its folder may have thresholds
+                ):                  # a `Policy`
     "The thresholds at which agreement is measured"
     from bild_nb.policy import Policy
     if asked: return asked
     return own_policy(small) if large else Policy.lossless(.6)
 
-def check_learning(objective, on_policy, temperature, policy, large, top, finalists):
+def check_learning(objective,   # of `--objective`
+                   on_policy,   # share of batches with the small model's own drafts
+                   temperature, # of these drafts
+                   policy,      # of the agreement
+                   large,       # None: only its outputs are here
+                   top,         # of `--top`, or None
+                   finalists    # of `--finalists`, or None
+                  ):
     "Refuse what cannot be learned, or would do nothing"
     from bild_nb.align import check_objective
     from bild_nb.policy import NLL
@@ -367,7 +399,9 @@ def lengths(given: dict, # options; None: not given
     return found
 
 # %% ../nbs/88_making.ipynb #3712c797
-def aligned_text(out: Path, result: dict) -> str:
+def aligned_text(out: Path,   # folder of the aligned model
+                 result: dict # what `align` gives
+                ) -> str:
     "What `bild align` prints"
     best = result['best']
     text = (f'{out}: agreement at {result["settings"]["policy"]} '

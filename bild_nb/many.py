@@ -48,13 +48,13 @@ TOKENS = 2**13  # of a batch: sources and texts, for which keys and values are k
 
 @patch
 def each(self: BigLittleDecoder,
-         ids: list,            # (1, length) int64 each: sources, or prompts
-         max_new_tokens: int,
-         trace: bool = False,  # as of `generate`
-         seed: int | None = None,
+         ids: list, # (1, length) int64 each: sources, or prompts
+         max_new_tokens: int, # longest text, without start or prompt
+         trace: bool = False, # as of `generate`
+         seed: int | None = None, # as of `generate`
          most: int = TOGETHER, # rows of a batch
          rows: list | None = None, # numbers of the texts, for draws; None: from 0 on
-         **settings            # of `generate`: such texts are written one by one
+         **settings # of `generate`: such texts are written one by one
         ): # pairs: the position of a text, its `Output` or its `FloatingPointError`
     "Texts of any number of sources; of similar lengths together"
     rows, drawn = rows or range(len(ids)), self.policy.draws

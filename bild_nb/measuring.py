@@ -24,7 +24,8 @@ def tasks(as_json: Json = False):
     rows = listing()
     answer(rows, '\n'.join(map(task_text, rows)), as_json)
 
-def task_text(row: dict) -> str:
+def task_text(row: dict # of `tasks.listing`
+             ) -> str:
     "One task of the list"
     lines = [f'{row["task"]}: {row["about"]}; {row["split"]}, {row["metric"]}']
     for part, found in row['parts'].items():
@@ -70,7 +71,9 @@ class Setup:
         self.kind = kind or inferred
 
 # %% ../nbs/88b_measuring.ipynb #db514ba4
-def check_metric(metric: str, splitter: str | None):
+def check_metric(metric: str,         # of `--metric`, or the task's
+                 splitter: str | None # of `--splitter`, or None
+                ):
     "Refuse a metric that there is not, and a splitter for one that splits nothing"
     from bild_nb.metrics import find_metric
     with wrong_use('--metric'): kind = find_metric(metric, texts=False).kind
@@ -79,7 +82,11 @@ def check_metric(metric: str, splitter: str | None):
         refuse('--splitter', f'{splitter!r}: choose punkt or regex')
     find_metric(metric, splitter)  # is its data installed?
 
-def check_kind(kind: str | None, inferred: str, pair, small):
+def check_kind(kind: str | None, # of `--kind`, or None
+               inferred: str,    # what the small model's name says
+               pair,             # folder of `--pair`, or None
+               small             # of `--small`, or None
+              ):
     "Refuse a row of the tables that there is not, or where the model has its own"
     from bild_nb.tasks import KINDS
     if kind and kind not in KINDS: refuse('--kind', f'choose from {", ".join(KINDS)}')
@@ -88,7 +95,9 @@ def check_kind(kind: str | None, inferred: str, pair, small):
 
 # %% ../nbs/88b_measuring.ipynb #a3aa2af1
 @patch
-def policies(self: Setup, given: list | None) -> list: # of `Policy`
+def policies(self: Setup,
+             given: list | None # texts; `published` stands for all of the task's table
+            ) -> list:          # of `Policy`
     "The policies that `--policy` names"
     texts = []
     for text in given or []:
@@ -125,7 +134,9 @@ def load(self: Setup,
     self.pair = open_task_pair(self.task, self.names, *self.running)
 
 @patch
-def protocol(self: Setup, **given): # a `Protocol`
+def protocol(self: Setup,
+             **given # of `Protocol`; None: its default
+            ):       # a `Protocol`
     "How to measure; a wrong number or name is wrong use"
     from bild_nb.evaluate import Protocol
     given = {name: value for name, value in given.items() if value is not None}
@@ -136,7 +147,9 @@ Order = option(str, 'O', 'of the examples: original, or length (longest first)')
 NoTiming = flag('--no-timing', 'quality only, the models alone in batches')
 Batch = option(int, 'B', 'texts a batch, with --no-timing', '16', min=1)
 
-def print_runs(folders: list, as_json: bool):
+def print_runs(folders: list, # of finished runs of one task
+               as_json: bool  # JSON instead of tables
+              ):
     "The table of some run folders"
     from bild_nb.report import benchmark_table, load, markdown, shares_table, task_name
     report = load(folders)
@@ -235,7 +248,8 @@ def sweep(
     print_runs([out], as_json)
 
 # %% ../nbs/88b_measuring.ipynb #bd893680
-def place_of(small: str) -> Path | None: # None: not ours to write to
+def place_of(small: str       # a folder, a hub id or `shipped`
+            ) -> Path | None: # None: not ours to write to
     "The folder in which a small model's thresholds may be written"
     from huggingface_hub import constants
     from bild_nb.pair import SHIPPED, find_model
@@ -245,7 +259,10 @@ def place_of(small: str) -> Path | None: # None: not ours to write to
     if any(folder in place.resolve().parents for folder in closed): return None
     return place
 
-def save(small: str, found: dict, wanted: bool) -> tuple: # the file or None, a sentence
+def save(small: str,  # a folder, a hub id or `shipped`
+         found: dict, # what `tune` gives, with a `policy`
+         wanted: bool # whether to write
+        ) -> tuple:   # the file or None, a sentence
     "Write the thresholds where they belong, and say what was done or what is to do"
     from bild_nb.tune import save_policy
     line, place = json.dumps(dict(policy=found['policy'])), place_of(small)
@@ -257,7 +274,8 @@ def save(small: str, found: dict, wanted: bool) -> tuple: # the file or None, a 
     return file, f'Written to {file}: every command takes them from there.'
 
 # %% ../nbs/88b_measuring.ipynb #f94b1ca0
-def tuned_text(found: dict) -> str:
+def tuned_text(found: dict # what `tune` gives
+              ) -> str:
     "What `bild tune` prints of its result"
     from bild_nb.report import ranged
     policy, goal, c = found['policy'], found['goal'], found['confirmed']

@@ -170,7 +170,7 @@ class Rouge(Metric):
 
 # %% ../nbs/32_metrics.ipynb #64e30181
 def rouge_tokenizer(name: str): # has `tokenize(text)`
-    "rouge-score's own tokenizer or `UnicodeWords`"
+    "rouge-score's own tokenizer or `UnicodeWords`; a `ValueError` for another name"
     from rouge_score.tokenizers import DefaultTokenizer
     known = dict(default=DefaultTokenizer, unicode=UnicodeWords)
     if name not in known:

@@ -65,7 +65,9 @@ class Text(ctypes.Structure):
                 _fields(_int, 'threads'))
     kept = {}  # what its addresses point to
 
-    def having(self, **found) -> 'Text':
+    def having(self,
+               **found # by field; what lies at an address is kept alive
+              ) -> 'Text':
         "A copy of this text with other fields; tensors and arrays give their addresses"
         new = Text.from_buffer_copy(self)
         new.kept = self.kept | found
@@ -94,7 +96,7 @@ def _ids_at(address: int, n: int) -> list:
 FLAGS = '-O3 -march=native -fno-math-errno -fno-trapping-math -fPIC -shared -w'.split()
 
 def compiler() -> str:
-    "The C compiler: $CC, or the first of cc, gcc and clang on the path"
+    "The C compiler: $CC, or the first of cc, gcc and clang on the path; or `OSError`"
     for name in (os.environ.get('CC'), 'cc', 'gcc', 'clang'):
         if name and (found := shutil.which(name)): return found
     raise OSError('no C compiler was found (cc, gcc, clang or $CC)')
@@ -115,12 +117,16 @@ def c_code() -> str:
     "The C code"
     return (files('bild_nb')/'native.c').read_text(encoding='utf-8')
 
-def library_key(cc: str) -> str:
+def library_key(cc: str  # path of the compiler
+               ) -> str: # 16 hex digits of code, options, compiler and processor
     "A short name for all that the compiled code depends on"
     parts = [c_code(), *options(), cc, str(os.stat(cc).st_mtime), cpu()]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
 
-def library_name(key: str, content: bytes) -> str:
+def library_name(
+    key: str,      # see `library_key`
+    content: bytes # whose checksum the name has: a changed file is not loaded
+) -> str:
     "The name of a compiled file"
     return f'native-{key}-{hashlib.sha256(content).hexdigest()}.so'
 
@@ -138,7 +144,9 @@ def private_folder() -> Path:
         for file in folder.glob('native-*'): file.unlink()
     return folder
 
-def kept_library(folder: Path, key: str) -> Path | None:
+def kept_library(folder: Path, # of compiled code
+                 key: str      # see `library_key`
+                ) -> Path | None:
     "The compiled file for `key`, if there is one that is whole; others are removed"
     for file in folder.glob(f'native-{key}-*.so'):
         ours = not file.is_symlink() and file.stat().st_uid == os.geteuid()
@@ -168,7 +176,10 @@ def call_compiler(command: list, # program and arguments
     return f'{command[0]} failed: {words[:200] or failed}' if failed else None
 
 # %% ../nbs/11_native.ipynb #c8e62a2f
-def build(cc: str, folder: Path, key: str) -> Path:
+def build(cc: str,      # path of the compiler
+          folder: Path, # gets the library
+          key: str      # see `library_key`
+         ) -> Path:     # the library; with OpenMP where the compiler has it
     "Compile the code into `folder`; raises `OSError` with the compiler's words"
     x86 = platform.machine() in ('x86_64', 'AMD64')
     tune = ['-mtune=skylake-avx512'] if x86 else []
@@ -186,7 +197,8 @@ def build(cc: str, folder: Path, key: str) -> Path:
         return result.replace(folder/library_name(key, result.read_bytes()))
 
 # %% ../nbs/11_native.ipynb #25308fea
-def typed(lib):
+def typed(lib # a `ctypes.CDLL`
+         ):
     "`lib` with the types of its functions; `OSError` if it is not ours"
     p, i, n = _pointer, _int, _long
     functions = dict(struct_size=[i], int8_top=[], large_pages=[p, n],
@@ -212,7 +224,7 @@ def typed(lib):
     return lib
 
 def load_library():
-    "The compiled code, from the folder or compiled now"
+    "The compiled code, from the folder or compiled now; `OSError` where it cannot be"
     if os.name != 'posix': raise OSError('C code is compiled on Linux and macOS only')
     cc, folder = compiler(), private_folder()
     key = library_key(cc)
@@ -245,7 +257,8 @@ CHUNK = 32*LARGE # bytes that are asked for at once; no allocator keeps so many 
 def _empty(*shape: int, dtype=torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device='cpu')
 
-def space(size: int) -> Tensor: # (size,) uint8
+def space(size: int   # 0 or more; from `LARGE` on, a page larger is asked for
+         ) -> Tensor: # (size,) uint8
     "Memory for `size` bytes, in large pages where it fills one"
     if size < LARGE: return _empty(size, dtype=torch.uint8)
     x = _empty(size + LARGE, dtype=torch.uint8)
@@ -254,26 +267,33 @@ def space(size: int) -> Tensor: # (size,) uint8
     return x
 
 # %% ../nbs/11_native.ipynb #bf50a651
-def panels(x: Tensor) -> Tensor: # (panels, 32, ...)
+def panels(x: Tensor   # (rows, ...), of any type
+          ) -> Tensor: # (panels, 32, ...)
     "The rows of `x` in whole panels, the last one filled up with zeros"
     filled = F.pad(x, (0, 0)*(x.ndim - 1) + (0, -len(x) % PANEL))
     return filled.unflatten(0, (-1, PANEL))
 
 TOGETHER = 256 # rows that are rounded at a time: what that takes stays in a cache
 
-def rounded(weight: Tensor) -> tuple: # (rows, in) int8, (rows) fp32
+def rounded(weight: Tensor # (rows, in), of any float type
+           ) -> tuple:     # (rows, in) int8, (rows) fp32
     "The rows of a matrix in int8, and what to multiply each with"
     weight = weight.float()
     scale = weight.abs().amax(1).clamp(min=1e-8)/127
     return (weight/scale[:, None]).round_().to(torch.int8), scale
 
+# %% ../nbs/11_native.ipynb #f35efe62
 class Weights:
     "A model's weights as C reads them; keeps the memory that structures point to"
-    def __init__(self, int8: bool = False):
+    def __init__(self,
+        int8: bool = False # whether matrices are kept in int8, a scale for each row
+    ):
         self.int8, self.kept = int8, []
         self.free = []  # the rests of chunks
 
-    def keep(self, x: Tensor) -> int:
+    def keep(self,
+             x: Tensor # of any shape
+            ) -> int:  # of the copy; aligned to 64 bytes
         "The address of a copy of `x`; numbers that are not whole are in fp32"
         x = x.detach().float() if x.is_floating_point() else x
         size = x.numel()*x.element_size()
@@ -284,7 +304,9 @@ class Weights:
         self.kept.append(room[:size].view(x.dtype).view(x.shape).copy_(x))
         return self.kept[-1].data_ptr()
 
-    def matrix(self, *weights: Tensor) -> Matrix: # (out, in) each
+    def matrix(self,
+               *weights: Tensor # (out, in) each, of one `in`
+              ) -> Matrix:      # addresses; `scale` and `sums` are None in fp32
         "`weights` one under the other, in panels: input by input, in int8 four by four"
         out, inp = sum(map(len, weights)), weights[0].shape[1]
         if not self.int8:
@@ -300,7 +322,9 @@ class Weights:
 
 # %% ../nbs/11_native.ipynb #4604f10e
 @patch
-def layer(self: Weights, block: Block) -> Layer:
+def layer(self: Weights,
+          block: Block # with `cross` None in an encoder
+         ) -> Layer:
     "One block of an encoder or decoder"
     a, c, f = block.attention, block.cross, block.feed
     made = Layer(norm=self.keep(a.norm), qkv=self.matrix(a.q, a.k, a.v),
@@ -313,7 +337,11 @@ def layer(self: Weights, block: Block) -> Layer:
     return made
 
 @patch
-def stack(self: Weights, stack, family: Family, scale: float = 1.) -> Stack:
+def stack(self: Weights,
+          stack,            # an `engine.Stack`
+          family: Family,   # the sizes of its layers
+          scale: float = 1. # of the last norm's result
+         ) -> Stack:        # without embedding and head
     "An encoder or decoder of `family`; `scale` multiplies its result"
     layers = (Layer*len(stack.blocks))(*(self.layer(b) for b in stack.blocks))
     self.kept.append(layers)
@@ -324,8 +352,11 @@ def stack(self: Weights, stack, family: Family, scale: float = 1.) -> Stack:
                  causal=stack.causal,
                  words=len(stack.embedding), norm=self.keep(stack.norm*scale))
 
+# %% ../nbs/11_native.ipynb #3cf85755
 @patch
-def pack(self: Weights, family: Family) -> Weights: # itself
+def pack(self: Weights,
+         family: Family # without an encoder, where another's output is read
+        ) -> Weights:   # itself
     "Pack a whole model"
     far, near = family.encoder, family.decoder
     self.near = self.stack(near, family, family.scale)
@@ -340,7 +371,9 @@ def pack(self: Weights, family: Family) -> Weights: # itself
     return self
 
 # %% ../nbs/11_native.ipynb #00a18044
-def unusable(model, int8: bool = False) -> str | None:
+def unusable(model,             # of transformers
+             int8: bool = False # whether weights are to be in int8
+            ) -> str | None:    # a part of a sentence, "it …"
     "Why the native engine cannot run `model`, or None"
     if why := unsupported(model): return why
     if (model.device.type, model.dtype) != ('cpu', torch.float32):
@@ -359,7 +392,9 @@ def unusable(model, int8: bool = False) -> str | None:
 _packed = weakref.WeakValueDictionary()  # what is packed now, by files, config and type
 _packing = threading.Lock()
 
-def packing(model, int8: bool) -> Weights:
+def packing(model,     # a T5 or mT5 in fp32 on a CPU
+            int8: bool # whether matrices are kept in int8
+           ) -> Weights:
     "The weights of `model`, packed; those of files in use are not packed again"
     if not hasattr(model, 'stored'): return Weights(int8).pack(t5_family(model))
     key = (int8, type(model), model.config.to_json_string(), *model.stored.seen.items())
@@ -415,7 +450,9 @@ def _lay_out(self: NativeEngine, weights: Weights):
 
 # %% ../nbs/11_native.ipynb #e94a6e8e
 @patch
-def keep_kv(self: NativeEngine, kv: str):
+def keep_kv(self: NativeEngine,
+            kv: str # bf16 takes half of the memory of fp32, int8 over a quarter
+           ):
     "Keep keys and values in `kv`, one of `KV`, in all texts that are opened later"
     if kv not in KV: raise ValueError(f'kv={kv!r}: give one of {", ".join(KV)}')
     self.kv = kv
@@ -494,10 +531,10 @@ def _seen(x, what: str) -> Tensor:
         raise TypeError(f'{what} are {x.layout}: give a plain tensor')
     return x
 
-def as_ids(ids,
-           what: str = 'tokens',
-           least: int = 1 # ids that there must be
-          ) -> Tensor:    # (1, k) int64
+def as_ids(ids,                  # what a caller gave
+           what: str = 'tokens', # names them in the error
+           least: int = 1        # ids that there must be
+          ) -> Tensor:           # (1, k) int64
     "`ids` as C reads them; a `TypeError` or `ValueError` if they are no row of ids"
     if _seen(ids, what).dtype is not torch.int64: ids = _whole(ids, what)
     shape = ids.shape
@@ -513,12 +550,16 @@ def _whole(ids: Tensor, what: str) -> Tensor:
     kind = str(ids.dtype)[6:]
     raise TypeError(f'{what} are in {kind}: ids are whole numbers, as torch.int64')
 
+# %% ../nbs/11_native.ipynb #599fd010
 def _listed(ids: list) -> array:
     "A list of ids as C reads them"
     if 1 <= len(ids) <= LONGEST: return array('q', ids)
     raise ValueError(f'a list of {len(ids)} ids: give 1 to {LONGEST}')
 
-def outside(ids: list, below: int, what: str) -> IndexError:
+def outside(ids: list,  # of a pass or a draft
+            below: int, # size of the vocabulary
+            what: str   # names them in the error
+           ) -> IndexError:
     "The error for ids that are not below `below`"
     bad = next((i for i in ids if not 0 <= i < below), 'drafted')
     return IndexError(f'id {bad} of the {what} is not in the vocabulary of {below}')
@@ -578,7 +619,13 @@ def _begin(self: NativeEngine, settings: Settings, n: int, mask: Tensor | None) 
 
 # %% ../nbs/11_native.ipynb #f0acf365
 @patch
-def open(self: NativeEngine, ids, mask=None, encoded=None, settings=None, room=64):
+def open(self: NativeEngine,
+         ids,           # (1, source length), of any whole type, on the host
+         mask=None,     # (1, source length), 0 where hidden; None: all is source
+         encoded=None,  # (1, source length, d_model), if ready; None: the encoder runs
+         settings=None, # that the text follows; None: the model's own
+         room=64        # tokens that memory is made for at first, at most `ROOM`
+        ):              # a `NativeCache`
     "As `Model.open`"
     settings = settings or self.settings()
     ids = as_ids(ids, 'source ids')
@@ -599,8 +646,12 @@ def _read(self: NativeEngine, decoder: int, text: Text, ids: Tensor, encoded=Non
                                 _address(encoded))
     if code: raise self._error(code, text.n, at, 'source')
 
+# %% ../nbs/11_native.ipynb #ddfb4142
 @patch
-def encoded(self: NativeEngine, ids, mask=None) -> Tensor:
+def encoded(self: NativeEngine,
+            ids,        # (1, source length), of any whole type, on the host
+            mask=None   # (1, source length), 0 where hidden; None: all is source
+           ) -> Tensor: # (1, source length, d_model) fp32
     "As `Model.encoded`: a source is read for a decoder without layers"
     ids, none = as_ids(ids, 'source ids'), Stack.from_buffer_copy(self.decoder)
     none.layers = 0
@@ -643,7 +694,12 @@ def _run(self: NativeEngine,
 
 # %% ../nbs/11_native.ipynb #d3464382
 @patch
-def forward(self: NativeEngine, cache: NativeCache, tokens, at, last=None) -> Tensor:
+def forward(self: NativeEngine,
+    cache: NativeCache, # of `open`, of this model
+    tokens,             # (1, k) of any whole type, on the host
+    at,                 # [position of the first]; later ones are forgotten
+    last=None           # logits of so many of the last tokens only; None: of all
+) -> Tensor:            # (1, k or last, vocabulary) fp32
     "As `Model.forward`"
     tokens = as_ids(tokens)
     k = tokens.shape[1]
@@ -675,7 +731,12 @@ def _compare(self: NativeEngine,
 
 # %% ../nbs/11_native.ipynb #f8aa91f4
 @patch
-def verify(self: NativeEngine, cache: NativeCache, tokens, at, draft) -> Scores:
+def verify(self: NativeEngine,
+           cache: NativeCache, # of `open`, of this model
+           tokens,             # (1, k) not read before, the draft at their end
+           at,                 # [position of the first]
+           draft               # (1, g) the drafted tokens, g < k
+          ) -> Scores:         # (1, g + 1), with the `nll` of the draft
     "As `Model.verify`"
     tokens, draft = as_ids(tokens), as_ids(draft, 'drafted ids', 0)
     k, g = tokens.shape[1], draft.shape[1]
@@ -691,12 +752,12 @@ def verify(self: NativeEngine, cache: NativeCache, tokens, at, draft) -> Scores:
 # %% ../nbs/11_native.ipynb #fd4e6f9c
 @patch
 def draft_ids(self: NativeEngine,
-              cache: NativeCache,
-              ids: list,    # tokens not read before
-              at: int,      # position of the first
-              least: float, # of the draft rule
-              most: int     # tokens of the draft
-             ) -> tuple:    # tokens, confidence of each step, one of `ENDS`
+              cache: NativeCache, # of `open`, of this model
+              ids: list,          # tokens not read before
+              at: int,            # position of the first
+              least: float,       # of the draft rule
+              most: int           # tokens of the draft
+             ) -> tuple:          # tokens, confidence of each step, one of `ENDS`
     "`propose` for a rule that is a number, in lists"
     tokens, confidence, end, ids = [], [], 'cap', _listed(ids)
     while end == 'cap' and len(tokens) < most:
@@ -716,8 +777,16 @@ def draft_ids(self: NativeEngine,
 
 # %% ../nbs/11_native.ipynb #4b7c7842
 @patch
-def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=False,
-            draws=None):
+def propose(self: NativeEngine,
+            cache,        # of `open`, of this model
+            tokens,       # (1, k) not read before
+            at,           # [position of the first]
+            rule,         # a `DraftRule`; one that is a number runs in C
+            state,        # the rule's
+            most,         # tokens of the draft, at least 1
+            logits=False, # whether to keep them; then steps are taken one by one
+            draws=None    # (1, most) uniform numbers; None: the argmax is drafted
+           ):             # a `Draft` of one row
     "As `Model.propose`"
     if rule.least is None or logits or draws is not None:
         return Model.propose(self, cache, tokens, at, rule, state, most, logits, draws)
@@ -727,13 +796,13 @@ def propose(self: NativeEngine, cache, tokens, at, rule, state, most, logits=Fal
 # %% ../nbs/11_native.ipynb #8ee514a7
 @patch
 def judge_ids(self: NativeEngine,
-              cache: NativeCache,
-              ids: list,         # tokens not read before, the draft at their end
-              at: int,           # position of the first
-              g: int,            # tokens of the draft
-              farthest: float,   # of the policy
-              strict=False       # as its accept rule
-             ) -> tuple:         # lists as in `Scores`; drafted tokens that stay
+              cache: NativeCache, # of `open`, of this model
+              ids: list,          # tokens not read before, the draft at their end
+              at: int,            # position of the first
+              g: int,             # tokens of the draft
+              farthest: float,    # of the policy
+              strict=False        # as its accept rule
+             ) -> tuple:          # lists as in `Scores`; drafted tokens that stay
     "`verify` and the verdict of a rule that is a number, in lists"
     ids, k, size = _listed(ids), len(ids), (g + 1)*cache.text.vocab
     if not 0 <= g < k:

@@ -106,7 +106,7 @@ def agreement(
     p:Tensor|None, # (n, vocabulary) of the large one; None for `Policy.lossless`
     y:Tensor # (n) tokens the large model wrote
 )->Tensor: # (n) bool
-    "Where the small model would write a token that stays"
+    "Where the small model would write a token that stays; `FloatingPointError` for NaN"
     if p is not None: q, p = common(q, p)
     small = score(q)
     if small.confidence.isnan().any():

@@ -23,7 +23,8 @@ import typer
 from fastcore.meta import delegates
 
 # %% ../nbs/87_options.ipynb #02fd08fa
-def safe(text: str) -> str:
+def safe(text: str # for a terminal
+        ) -> str:
     "`text` without what a terminal would obey"
     if text.isprintable(): return text
     from bild_nb.trace import printable
@@ -33,7 +34,8 @@ def say(text: str, stream=None): # None: stdout, as it is now
     "Print a line at once"
     print(text, file=stream or sys.stdout, flush=True)
 
-def note(text):
+def note(text # anything that `str` takes; line ends become spaces
+        ):
     "Say something on stderr, in one line"
     line = ' '.join(str(text).split())
     say(safe(f'note: {line}'), sys.stderr)
@@ -63,7 +65,8 @@ def console(stream): # a `rich.console.Console`
     return Console(file=stream, width=width, highlight=False, force_jupyter=False)
 
 # %% ../nbs/87_options.ipynb #2bcbf77c
-def reason(e: Exception) -> str:
+def reason(e: Exception # of our own kinds its text alone, others with their class
+          ) -> str:
     "An error in one line"
     if isinstance(e, OSError) and e.filename: return f'{e.filename}: {e.strerror}'
     ours = ValueError, FloatingPointError, NotImplementedError, OSError
@@ -94,12 +97,14 @@ def wrong_use(option: str): # as it is written, or the name of an argument
     try: yield
     except ValueError as e: raise typer.BadParameter(str(e), param_hint=option) from e
 
-def refuse(option: str, why: str):
+def refuse(option: str, # as it is written, or the name of an argument
+           why: str     # the rest of the sentence
+          ):
     "End the command: this option makes no sense here"
     raise typer.BadParameter(why, param_hint=option)
 
-def refuse_idle(why: str,
-                **given # by option: what was given; None and False: nothing
+def refuse_idle(why: str, # the same for all of them
+                **given   # by option: what was given; None and False: nothing
                ):
     "Refuse options that would do nothing"
     for name, value in given.items():
@@ -110,7 +115,8 @@ def refuse_idle(why: str,
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None,
                   no_args_is_help=True)
 
-def say_version(wanted: bool):
+def say_version(wanted: bool # whether `--version` was given
+               ):
     "Print the version and leave, if that is wanted"
     if not wanted: return
     from bild_nb import __version__
@@ -135,7 +141,10 @@ def option(kind,                # of the value
     about = typer.Option(metavar=metavar, help=text, show_default=shown, **more)
     return Annotated[kind | None, about]
 
-def flag(name: str, text: str, *short):
+def flag(name: str, # as it is written, e.g. `--json`
+         text: str, # the help
+         *short     # as it is written, e.g. `-v`
+        ):          # an annotation
     "An option without a value"
     return Annotated[bool, typer.Option(name, *short, help=text)]
 
@@ -176,7 +185,9 @@ Backend = option(str, 'B', 'auto, plain (transformers), or for T5 and mT5: engin
                  'native (C, on a CPU), graphs (on a GPU)')
 
 # %% ../nbs/87_options.ipynb #263f5fc5
-def read_precision(dtype: str, backend: str): # what `load_pair` takes as `dtype`
+def read_precision(dtype: str,  # of `--dtype`, e.g. `fp32` or `bf16,int8`
+                   backend: str # of `--backend`
+                  ):            # what `load_pair` takes as `dtype`
     "One precision or a (large, small) pair; wrong ones are wrong use"
     from bild_nb.pair import check_backend, dtype_name
     with wrong_use('--backend'): check_backend(backend)
@@ -187,7 +198,10 @@ def read_precision(dtype: str, backend: str): # what `load_pair` takes as `dtype
     return names[0] if len(names) == 1 else tuple(names)
 
 # %% ../nbs/87_options.ipynb #9b358101
-def model_names(pair, large, small) -> tuple: # large, small; or None
+def model_names(pair,      # folder of `--pair`, or None
+                large,     # of `--large`, or None
+                small      # of `--small`, or None
+               ) -> tuple: # large, small; or None
     "The names that `--pair`, or `--large` and `--small`, give"
     if pair is None: return large, small
     both = 'give --pair, or --large and --small, not both'
@@ -234,14 +248,16 @@ MORE = f'{ONE}; may be given again'
 OnePolicy = option(str, 'FB,RB', ONE, "the pair's own, else 0.6,2")
 Policies = option(list[str], 'FB,RB', MORE, "the pair's own, else 0.6,2")
 
-def own_policy(small: str): # a `Policy`
+def own_policy(small: str # a folder, a hub id or `shipped`
+              ):          # a `Policy`
     "The thresholds in a small model's folder, else 0.6,2"
     from bild_nb.pair import find_model, local_folder, online, pair_policy
     place = find_model(small, 'small')
     here = Path(place).is_dir()
     return pair_policy(local_folder(place, local=here or not online()))
 
-def read_policy(text: str | None): # a `Policy`; None stays None
+def read_policy(text: str | None # as `--policy` has it
+               ):                # a `Policy`; None stays None
     "The policy in an option; a wrong one is wrong use"
     from bild_nb.policy import parse_policy
     if text is None: return None
@@ -255,7 +271,9 @@ ELSEWHERE = dict(max_new_tokens='say --max-new-tokens',
                  max_length='say --max-new-tokens',
                  num_return_sequences='one text each')
 
-def read_settings(given: list[str] | None) -> dict: # what `generate` takes
+def read_settings(
+    given: list[str] | None # `NAME=VALUE` each; a value that is no JSON is text
+) -> dict:                  # what `generate` takes
     "The settings in the options; wrong ones are wrong use"
     found = {}
     for text in given or ():
@@ -334,21 +352,32 @@ def read_task(
     with wrong_use('--metric'): return replace(task, **given)
 
 # %% ../nbs/87_options.ipynb #287d0c2e
-def task_models(task, pair, large, small) -> tuple: # large, small, kind
+def task_models(task,      # a `Task`; names what the options leave out
+                pair,      # folder of `--pair`, or None
+                large,     # of `--large`, or None
+                small      # of `--small`, or None
+               ) -> tuple: # large, small, kind
     "The models that the options name, or else the task"
     from bild_nb.tasks import checkpoints
     large, small = model_names(pair, large, small)
     with wrong_use('--small' if small else 'TASK'):
         return checkpoints(task, large, small)
 
-def find_device(device: str | None): # None: a CPU
+def find_device(device: str | None # of `--device`
+               ):                  # None: a CPU
     "The device that was asked for, or this process's GPU"
     import torch
     if device or not torch.cuda.is_available(): return device
     return f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
 
-def open_task_pair(task, names: tuple, device, threads, dtype, backend,
-                   kv: str = 'fp32'): # a `Pair`
+def open_task_pair(task,            # a `Task`
+                   names: tuple,    # of the large and the small model
+                   device,          # of `--device`, or None
+                   threads,         # of a CPU; None: torch's own number
+                   dtype,           # of `--dtype`
+                   backend,         # of `--backend`
+                   kv: str = 'fp32' # what keys and values are kept in
+                  ):                # a `Pair`
     "The pair of a task"
     kind = read_precision(dtype, backend)
     quiet()

@@ -40,7 +40,11 @@ class Backend:
     int8: bool = False             # whether `maker` takes `int8=True`
     auto: tuple | None = ('cpu',)  # types of device where `auto` takes it; None: all
 
-    def make(self, model, tokenizer=None, int8: bool = False) -> Model:
+    def make(self,
+             model,             # of transformers
+             tokenizer=None,    # shows texts in traces
+             int8: bool = False # weights in int8, for backends that have them
+            ) -> Model:
         "`model` as the loop uses it; a `ValueError` says why it cannot be run"
         if int8 and not self.int8: raise ValueError('it has no int8 weights')
         why = resolve_name(self.why)(model) if self.why else None
@@ -59,7 +63,10 @@ BACKENDS = dict(
     plain=Backend('bild_nb.causal:plain_model', auto=None))
 
 # %% ../nbs/06_pair.ipynb #610f1bd7
-def fastest(model, tokenizer=None, int8: bool = False) -> Model:
+def fastest(model,             # of transformers, on its device
+            tokenizer=None,    # shows texts in traces
+            int8: bool = False # only backends with int8 weights
+           ) -> Model:         # a `ValueError` with all reasons if no backend can
     "`model` on the first backend that can run it; its line says why not on the others"
     made, skipped = None, defaultdict(list)  # names of backends by reason
     place, all_of = model.device.type, [b for b in BACKENDS.values() if b]
@@ -94,7 +101,8 @@ def decoder_for(model,                  # a transformers model that writes text
                 backend: str = 'auto',  # a name in `BACKENDS`
                 int8: bool = False      # weights in int8: `native` and `engine`
                ) -> Model:
-    "`model` as the loop uses it: on the fastest backend, or on one asked for by name"
+    """`model` as the loop uses it: on the fastest backend, or on one asked for by name;
+    a `ValueError` says why that one, or every one, cannot run it"""
     check_backend(backend)
     if backend == 'auto': return fastest(model, tokenizer, int8)
     try: return BACKENDS[backend].make(model, tokenizer, int8)
@@ -102,7 +110,8 @@ def decoder_for(model,                  # a transformers model that writes text
         asked = f'backend={backend!r}' + (', dtype int8' if int8 else '')
         raise ValueError(f'{asked}: {first_line(e)}') from e
 
-def check_backend(name: str):
+def check_backend(name: str # one of `BACKENDS`
+                 ):
     "Raise a `ValueError` unless there is a backend of that name"
     if name in BACKENDS: return
     raise ValueError(f'backend {name!r}: there are {", ".join(BACKENDS)}')
@@ -139,7 +148,9 @@ def online() -> bool:
     except Exception: return False  # of any http library; HF_HUB_OFFLINE raises, too
     return True
 
-def local_folder(source: str, local: bool) -> Path:
+def local_folder(source: str, # a folder or a hub id
+                 local: bool  # use only what was downloaded before
+                ) -> Path:
     "The folder with a model's files; unless `local`, the hub's are downloaded first"
     folder = Path(source)
     if folder.is_dir(): return folder
@@ -150,7 +161,8 @@ def local_folder(source: str, local: bool) -> Path:
     return folder
 
 # %% ../nbs/06_pair.ipynb #f2bfedc5
-def read_json(file: Path) -> dict:
+def read_json(file: Path # of UTF-8 text
+             ) -> dict:
     "The object in a JSON file; a `ValueError` that names the file if there is none"
     try: found = json.loads(file.read_text('utf-8'))
     except (ValueError, RecursionError) as e:
@@ -159,7 +171,7 @@ def read_json(file: Path) -> dict:
     return found
 
 def shapes(file: Path) -> dict:  # name to shape
-    "The tensors in a file of weights; none is read"
+    "The tensors in a file of weights, none read; a `ValueError` if it is damaged"
     try:
         if file.suffix == '.safetensors':
             with safe_open(file, 'pt') as f:
@@ -197,7 +209,8 @@ def blocks(names) -> int:
     return max(rows.values(), default=0)
 
 # %% ../nbs/06_pair.ipynb #24bd0fed
-def check_header(folder: Path):
+def check_header(folder: Path # with `config.json` and weights
+                ):
     "Raise a `ValueError` if a folder's config doesn't fit its weights; builds nothing"
     config, sizes = read_json(folder/'config.json'), {}
     generation = folder/'generation_config.json'
@@ -217,7 +230,11 @@ def check_header(folder: Path):
             says = printable(f'config.json says {name} = {value}')
             raise ValueError(f'{says}, but {why}')
 
-def misfit(name: str, value, most: int, widths: set) -> str | None:
+def misfit(name: str,      # of an entry of a config
+           value,          # of that entry; only whole numbers are looked at
+           most: int,      # see `blocks`
+           widths: set     # every length that a tensor has along some axis
+          ) -> str | None: # None: it fits, or nothing is known about it
     "Why an entry doesn't fit weights of `most` blocks in a row and of such `widths`"
     if name.endswith('_implementation') and '/' in str(value):
         return 'code from elsewhere is never run'
@@ -232,20 +249,21 @@ def misfit(name: str, value, most: int, widths: set) -> str | None:
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 def dtype_name(dtype) -> str:  # a name in `DTYPES`, or `int8`
-    "The name of a type: `fp16`, say, for itself and for `torch.float16`"
+    "The name of a type: `fp16` for itself and for `torch.float16`; or a `ValueError`"
     for name, kind in dict(DTYPES, int8=torch.int8).items():
         if dtype in (name, kind): return name
     legal = f'{", ".join(DTYPES)} and int8, or torch.float16 and its like'
     raise ValueError(f'dtype {dtype!r}: the legal are {legal}')
 
 def pair_dtypes(dtype) -> tuple:  # (of the large model, of the small one)
-    "Two types from one or two"
+    "Two types from one or two; a `ValueError` for any other"
     both = dtype if isinstance(dtype, (tuple, list)) else (dtype, dtype)
     if len(both) == 2: return tuple(map(dtype_name, both))
     raise ValueError(f'dtype={dtype!r}: give one type, or a (large, small) pair')
 
 # %% ../nbs/06_pair.ipynb #4c015bd2
-def find_device(device=None) -> torch.device:
+def find_device(device=None # a `torch.device` or its text, e.g. `cuda:1`
+               ) -> torch.device:
     "The device that is meant, by None a GPU if there is one; or a `ValueError`"
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
@@ -273,7 +291,10 @@ def _quiet():
             if bar: logging.enable_progress_bar()
 
 # %% ../nbs/06_pair.ipynb #667e9b37
-def check_loaded(model, info: dict):
+def check_loaded(
+    model,     # that transformers loaded; weights it has no use for are warned of
+    info: dict # of `from_pretrained(output_loading_info=True)`
+):
     "Raise a `ValueError` unless config and weights had the same tensors"
     kinds = 'missing_keys', 'mismatched_keys', 'unexpected_keys'
     missing, other, left = (sorted(info[k]) for k in kinds)
@@ -306,7 +327,8 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
                large=None,   # the transformers model whose encoder a small one reads
                thin: bool = False # whether an outline will do, see `filled`
               ) -> tuple:    # the model, and its tokenizer or None
-    "A model in eval mode and its tokenizer. Runs no code of the folder's"
+    """A model in eval mode and its tokenizer. Runs no code of the folder's;
+    a `ValueError` for what cannot be read, is damaged, or does not fit in memory"""
     name, device = dtype_name(dtype), find_device(device)
     if name == 'int8':
         raise ValueError('dtype int8 is made by a backend: give it to load_pair')
@@ -332,14 +354,25 @@ def load_model(where: str,   # a local folder, a hub id, or `shipped`
     return model, find_tokenizer(source, local)
 
 # %% ../nbs/06_pair.ipynb #7da484b5
-def whole_model(cls, source: str, dtype, safely: dict):
+def whole_model(cls,         # what `auto_class` gave
+                source: str, # a folder or a hub id
+                dtype,       # torch's
+                safely: dict # arguments that run no code and may forbid the network
+               ):
     "What transformers loads, if it found all that it looked for and nothing else"
     model, info = cls.from_pretrained(source, dtype=dtype, ignore_mismatched_sizes=True,
                                       output_loading_info=True, **safely)
     check_loaded(model, info)
     return model
 
-def thin_model(folder: Path, config, dtype, device, large, thin: bool):
+def thin_model(
+    folder: Path, # with config and weights
+    config,       # read from that folder, of transformers
+    dtype,        # torch's
+    device,       # outlines are for a CPU only
+    large,        # of transformers; lends its encoder to a small model without one
+    thin: bool    # whether an outline will do, whose weights stay in their files
+):
     "An outline, or a model on the encoder of `large`; None: it is loaded as usual"
     thin = thin and device.type == 'cpu'
     if getattr(config, 'shared_encoder', None):
@@ -348,7 +381,9 @@ def thin_model(folder: Path, config, dtype, device, large, thin: bool):
     return outline(folder, config, dtype) if thin else None
 
 # %% ../nbs/06_pair.ipynb #794da1e5
-def auto_class(config, causal: bool):
+def auto_class(config,      # of transformers
+               causal: bool # whether a model without an encoder is wanted, too
+              ):
     "The class that loads a model of `config`; a `ValueError` for an unwanted kind"
     if config.is_encoder_decoder: return AutoModelForSeq2SeqLM
     if causal: return AutoModelForCausalLM
@@ -358,7 +393,10 @@ def auto_class(config, causal: bool):
 # %% ../nbs/06_pair.ipynb #ad60b2cf
 TOKENIZERS = 'tokenizer*', '*.model', '*.spm', 'vocab*'  # files that make a tokenizer
 
-def find_tokenizer(source: str, local: bool):
+def find_tokenizer(
+    source: str, # a folder or a hub id
+    local: bool  # use only what was downloaded before
+):               # a `ValueError` if its files are there and cannot be read
     "The tokenizer of a folder or a hub id; None where there is none"
     try:
         with _quiet():
@@ -375,8 +413,8 @@ def find_tokenizer(source: str, local: bool):
 @dataclass
 class Pair:
     "A large and a small model that share a vocabulary, and what they share"
-    large: Model
-    small: Model
+    large: Model                  # verifies drafts; its tokens decide
+    small: Model                  # drafts; has the same vocabulary
     tokenizer: object = None      # None: token ids only
     policy: Policy | None = None  # of `translate`; None: `Policy.bild(0.6, 2)`
     def __post_init__(self): self.policy = as_policy(self.policy)
@@ -395,7 +433,8 @@ class Pair:
         "The memory of both models' weights, packed or not; what they share counts once"
         return sum({**self.large.held(), **self.small.held()}.values())
 
-def pair_policy(folder: Path) -> Policy:
+def pair_policy(folder: Path # that may have a `bild.json`, e.g. of `bild tune`
+               ) -> Policy:  # a `ValueError` if the file names none
     "The policy in the `bild.json` of a small model's folder, or the default"
     file = folder/'bild.json'
     if not file.exists(): return as_policy(None)
@@ -418,7 +457,8 @@ def set_threads(self: Pair,
 def keep_kv(self: Pair,
             kv: str # fp32, bf16, int8; other than fp32 is a choice of `native` only
            ):
-    "Say in what both models keep the keys and values of texts that are opened later"
+    """Say in what both models keep the keys and values of texts that are opened later;
+    a `ValueError` if their backends cannot"""
     check_kv(kv)
     for m in (self.large, self.small):
         if hasattr(m, 'keep_kv'): m.keep_kv(kv)
@@ -426,13 +466,15 @@ def keep_kv(self: Pair,
             raise ValueError(f'kv={kv!r} needs backend="native" for both models, and '
                              f'this one runs as: {m.backend}')
 
-def check_kv(kv: str):
+def check_kv(kv: str # should be fp32, bf16 or int8
+            ):
     "A `ValueError` for what keys and values cannot be kept in"
     if kv not in ('fp32', 'bf16', 'int8'):
         raise ValueError(f'kv={kv!r}: give fp32, bf16 or int8')
 
-def pair_threads(threads) -> tuple:
-    "The two numbers that `threads` names"
+def pair_threads(threads # a number, a (large, small) pair; None, `auto`: torch's own
+                ) -> tuple:
+    "The two numbers that `threads` names; a `ValueError` if it names none"
     if threads == 'auto': threads = None
     both = threads if isinstance(threads, (tuple, list)) else (threads, threads)
     whole = [n is None or type(n) is int and n >= 1 for n in both]
@@ -450,7 +492,8 @@ def load_pair(large: str = 'shipped',  # a local folder, a hub id, or `shipped`
               aligned: bool = True,    # which `shipped` small one: `aligned` or `small`
               kv: str = 'fp32'         # as of `Pair.keep_kv`
              ) -> Pair:
-    "Load a pair, by default the shipped German-English one, and check that it is one"
+    """Load a pair, by default the shipped German-English one, and check that it is one;
+    a `ValueError` says which part of it cannot be loaded, or where the two differ"""
     if small == 'shipped' and aligned: small = 'shipped/aligned'
     check_backend(backend)
     pair_threads(threads)
@@ -483,7 +526,8 @@ def encode(self: Pair,
            max_source: int | None = None,  # tokens; None: what the tokenizer states
            names: list | None = None       # how errors call the texts, e.g. by line
           ) -> list[torch.Tensor]:         # a (1, length) int64 tensor each
-    "Token ids of `texts`; none may be empty, long ones are cut with a warning"
+    """Token ids of `texts`; long ones are cut with a warning. A `ValueError` for
+    an empty text, for a causal pair, or without a tokenizer"""
     if self.causal:
         raise ValueError(f'{type(self.large.model).__name__} continues prompts: use '
                          'Pair.generate, or bild generate')
@@ -510,7 +554,10 @@ def check_tokenizer(self: Pair):
     if self.tokenizer is not None: return
     raise ValueError('this pair came without a tokenizer: save one in its folders')
 
-def check_texts(texts: list, names: list | None = None):
+def check_texts(
+    texts: list,              # should be strings with something in them
+    names: list | None = None # how the error calls each; None: `text 0`, `text 1`, …
+):
     "Raise a `ValueError` that counts the texts that are none"
     names = names or [f'text {i}' for i in range(len(texts))]
     for name, text in zip(names, texts):
@@ -521,8 +568,10 @@ def check_texts(texts: list, names: list | None = None):
     if empty: raise ValueError(f'{empty[0]} is empty{more}')
 
 @patch
-def source_limit(self: Pair, max_source: int | None = None) -> int:
-    "The longest source, in tokens; by None what the tokenizer states"
+def source_limit(self: Pair,
+    max_source: int | None = None # None: what the tokenizer states
+) -> int: # at most the positions of both models; 1024 if nothing is stated
+    "The longest source, in tokens; a `ValueError` for a number too small"
     ends = self.tokenizer.num_special_tokens_to_add()
     if max_source is None:
         stated = self.tokenizer.model_max_length
@@ -543,7 +592,8 @@ def translate(self: Pair,
               seed: int | None = None,       # of texts that are drawn
               **settings                     # as of `BigLittleDecoder.generate`
              ) -> list[str]:
-    "Translate (or summarize, or whatever the pair was trained for) `texts`"
+    """Translate (or summarize, or whatever the pair was trained for) `texts`. Raises as
+    `encode`, and `FloatingPointError` for NaN logits; errors have `partial` texts"""
     ids = self.encode(texts, max_source)
     return self._each(ids, policy, max_new_tokens, seed, **settings)
 
@@ -585,7 +635,8 @@ def _text(self: Pair, tokens: list, **kwargs) -> str:
 def prompt(self: Pair,
            given # a text, or a list of messages
           ) -> torch.Tensor: # (1, length) int64
-    "Token ids of a prompt"
+    """Token ids of a prompt; a `ValueError` for one that is empty or no text, or for a
+    pair with an encoder"""
     self.check_tokenizer()
     if not self.causal:
         raise ValueError(f'{type(self.large.model).__name__} has an encoder and takes '
@@ -598,8 +649,10 @@ def prompt(self: Pair,
     return torch.tensor([ids], dtype=torch.int64, device=self.large.device)
 
 @patch
-def chat_text(self: Pair, messages: list) -> str:
-    "Messages as the text that the tokenizer's chat template makes of them"
+def chat_text(self: Pair,
+              messages: list # dicts with `role` and `content`
+             ) -> str:       # ends where an answer begins
+    "Messages as the text of the tokenizer's chat template; a `ValueError` without one"
     ok = isinstance(messages, list) and messages and all(
         isinstance(m, dict) and {'role', 'content'} <= m.keys() for m in messages)
     if not ok:
@@ -620,7 +673,8 @@ def generate(self: Pair,
              seed: int | None = None,  # of texts that are drawn
              **settings                # as of `BigLittleDecoder.generate`
             ) -> list[str]:            # what is written behind each prompt
-    "Continue texts, or answer messages, with a causal pair"
+    """Continue texts, or answer messages, with a causal pair. Raises as `prompt`, and
+    `FloatingPointError` for NaN logits; errors have `partial` texts"""
     if isinstance(prompts, str): raise ValueError('give a list of prompts')
     ids = [self.prompt(p) for p in prompts]
     return self._each(ids, policy, max_new_tokens, seed, **settings)

@@ -243,7 +243,7 @@ def pick(weights: Tensor, # (rows, vocabulary) at least 0, their sum is any
 @dataclass(frozen=True)
 class Draws:
     "The uniform numbers of one text"
-    seed: int
+    seed: int     # of the text, or of all texts of a batch
     row: int = 0  # of the batch that the text is in
     def __call__(self,
                  start: int, # position at which the turn begins
@@ -308,7 +308,8 @@ def bild(cls: Policy,
          rollback: float,  # nats that the large model allows a token
          max_draft=10      # tokens at most
         ) -> Policy:
-    "BiLD as we run it: two thresholds; the large argmax is never rolled back"
+    """BiLD as we run it: two thresholds; the large argmax is never rolled back.
+    A `ValueError` for thresholds below 0, or a draft of less than a token"""
     return cls(Confidence(fallback), NLL(rollback), max_draft)
 
 @patch(cls_method=True)
@@ -444,7 +445,8 @@ def __str__(self: Policy) -> str:
 # %% ../nbs/00_policy.ipynb #8365c3c3
 def parse_policy(text: str  # `0.6,2`, `official:0.6,2`, `relative:fixed=5,1`, `large`
                 ) -> Policy:
-    "The `Policy` that `text` names: fallback, then rollback; `inf` is a number"
+    """The `Policy` that `text` names: fallback, then rollback; `inf` is a number.
+    A `ValueError` says how it is written"""
     policy = _read(text.strip())
     if policy: return policy
     name, kind, *_ = _split(text.strip())

@@ -45,12 +45,12 @@ def time_at(
 @dataclass
 class Trial:
     "Small models that draft for the same large one on the same texts"
-    large: Model
-    tokenizer: object
+    large: Model    # verifies, on the device of the sources
+    tokenizer: object # of both models
     sources: list   # (1, length) int64 tensors
     policies: list  # of a `ladder`
     times: dict     # ms of single passes, as `pair_times` gives them
-    max_new_tokens: int
+    max_new_tokens: int # longest output
 
     def run(self,
             small:Model,   # who drafts

@@ -57,7 +57,7 @@ SCHEDULES = 'linear', 'constant'
 
 def check_recipe(r:Recipe  # what is asked for
                 )->Recipe:
-    "`r`, if it can be trained with"
+    "`r`, if it can be trained with, else a `ValueError`"
     for name in ('epochs', 'steps', 'batch', 'max_tokens', 'accumulate', 'every',
                  'patience', 'finalists'):
         value = getattr(r, name)

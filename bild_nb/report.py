@@ -37,7 +37,8 @@ class Report:
 
 # %% ../nbs/35_report.ipynb #aacdda0c
 def runs_in(folder: Path) -> list: # paths
-    "The folders of the runs in `folder`: its own, and those of a sweep or a tuning"
+    """The folders of the runs in `folder`: its own, and those of a sweep or a tuning;
+    a `ValueError` for a tuning that has confirmed nothing"""
     inside = [folder/name for name in ('', 'timed', 'confirm')]
     found = [f for f in inside if (f/'run.json').exists()]
     runs = [f for f in found if 'goal' not in read_info(f)['settings']]
@@ -473,7 +474,7 @@ def render(report: Report,           # what the runs hold
            form: str = 'md',         # of `FORMS`
            standalone: bool = False  # a whole document, in LaTeX
           ) -> str:
-    "The whole report"
+    "The whole report; a `ValueError` for a format that there is not"
     if form not in FORMS:
         raise ValueError(f'format {form!r}: choose from {", ".join(FORMS)}')
     parts = [FORMS[form](t) for t in tables(report)]

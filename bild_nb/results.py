@@ -36,7 +36,7 @@ FORMAT = 2  # of run folders that are written; 1 is read, too
 
 def read_info(out: Path  # a run folder
              ) -> dict:
-    "`run.json` of a run folder"
+    "`run.json` of a run folder; a `ValueError` if it is none, or of another format"
     file = Path(out)/'run.json'
     try: info = read_json(file, 'delete the run folder')
     except OSError as e:
@@ -166,7 +166,7 @@ def unpack(out: Path  # a run folder
 @dataclass
 class Results:
     "A run folder, read"
-    info: dict
+    info: dict     # what `run.json` holds
     records: dict  # by policy, lists in the same order of examples
     failed: list   # (id, policy, error)
     missing: int   # examples not done yet
@@ -195,7 +195,7 @@ class Results:
 # %% ../nbs/32b_results.ipynb #8a918a3f
 def read_run(out: Path  # a run folder
             ) -> Results:
-    "Read a run folder, finished or not"
+    "Read a run folder, finished or not; a `ValueError` if it is none"
     out, info = Path(out), read_info(out)
     settings = info['settings']
     if 'goal' in settings:
@@ -240,7 +240,8 @@ def result_rows(results: Results,   # what `read_run` gave
                 draws: int = 1000,  # of the bootstrap
                 seed: int = 0       # of the draws
                ) -> list:           # a dictionary for each policy
-    "Scores, differences to the large model, speed-ups, with 95 % intervals; counts"
+    """Scores, differences to the large model, speed-ups, with 95 % intervals; counts.
+    A `ValueError` if there is no complete example yet"""
     if not results.n: raise ValueError('this run has no complete example yet')
     W = resample(results.n, draws, seed)
     return [result_row(results, p, W) | speed(results, p, W) for p in results.records]

@@ -55,7 +55,9 @@ class ByteDropout(nn.Module):
         super().__init__()
         self.cut = round(p*256)
 
-    def forward(self, x):
+    def forward(self,
+                x # of any shape
+               ): # as `x`; in evaluation `x` itself
         if not self.training or not self.cut: return x
         words = torch.empty(-(-x.numel()//8), dtype=torch.int64, device=x.device)
         words.random_(-2**63, None)
@@ -113,7 +115,8 @@ def filled(
     new.generation_config = copy.deepcopy(model.generation_config)
     return new.train(model.training)
 
-def is_tied(model)->bool:
+def is_tied(model # of transformers, with an output matrix
+           )->bool:
     "Whether the embedding is the output matrix, too"
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
@@ -123,7 +126,7 @@ def take_layers(
     decoder:list[int], # decoder layers to take, in order, from 0; one may come twice
     encoder:list[int]|None=None, # encoder layers; None takes all
 ): # a new model in fp32
-    "A model with these layers of `model`"
+    "A model with these layers of `model`; a `ValueError` for one that it has not"
     old, takes = depths(model), []
     for n, taken in zip(old.values(), (encoder, decoder)):
         takes.append(list(range(n)) if taken is None else taken)
@@ -155,9 +158,9 @@ def widened(
     name:str, # of a weight of a T5
     w:torch.Tensor, # the weight
     by:dict[str, int], # copies of `d_model`, `heads` and `d_ff`
-    uneven:float,
+    uneven:float, # RMS of the differences, relative to that of the weights
     noise:float, # the same of the copies of the embedding
-    rng:torch.Generator,
+    rng:torch.Generator, # of the differences, on the CPU
 )->torch.Tensor:
     "A weight of the wider model"
     kind, width = name.split('.')[-2], by['d_model']

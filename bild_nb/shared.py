@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from .stored import filled, outline, values
 
 # %% ../nbs/00d_shared.ipynb #bcbc953a
-def encoder_digest(model) -> str:
+def encoder_digest(model    # of transformers, with an encoder
+                  ) -> str: # 16 hex digits
     "A hash of the weights of a model's encoder as fp32"
     seen = hashlib.sha256()
     for name, weight in sorted(model.encoder.state_dict(keep_vars=True).items()):
@@ -30,7 +31,9 @@ def encoder_digest(model) -> str:
 # %% ../nbs/00d_shared.ipynb #da70176e
 class Lent:
     "An encoder that belongs to another model: no copy of its borrower copies it"
-    def __init__(self, model): self.model = model
+    def __init__(self,
+                 model # of transformers, whose encoder it is
+                ): self.model = model
     @property
     def module(self): return filled(self.model).encoder
     def __deepcopy__(self, memo): return self
@@ -47,7 +50,11 @@ class SharedEncoder(nn.Module):
         wide = self.config.d_model
         self.projection = None if wide == width else nn.Linear(wide, width, bias=False)
 
-    def forward(self, input_ids=None, attention_mask=None, **unused):
+    def forward(self,
+        input_ids=None,      # (rows, source length) int64
+        attention_mask=None, # (rows, source length) of 0 and 1; None: all is source
+        **unused             # what else transformers hands to an encoder
+    ):                       # its last state as the small decoder reads it
         with torch.no_grad():  # the large model learns nothing here
             out = self.lent.module(input_ids=input_ids, attention_mask=attention_mask)
         read = out.last_hidden_state
@@ -64,7 +71,8 @@ def project(weight: Tensor | None, # (width of the small model, of the large one
 def share_encoder(small, # a T5 or mT5
                   large  # likewise, of any size, in eval mode
                  ):      # a new model
-    "`small` without its encoder, reading that of `large` instead"
+    """`small` without its encoder, reading that of `large` instead;
+    a `ValueError` unless both are T5 or mT5"""
     for model in (small, large):
         if model.config.model_type in ('t5', 'mt5'): continue
         raise ValueError(f'{type(model).__name__} cannot share an encoder: '
@@ -75,7 +83,8 @@ def share_encoder(small, # a T5 or mT5
     new.config.shared_encoder = encoder_digest(large)
     return new
 
-def borrows(small) -> bool:
+def borrows(small # of transformers
+           ) -> bool:
     "Whether a transformers model has no encoder of its own"
     return isinstance(getattr(small, 'encoder', None), SharedEncoder)
 
@@ -101,12 +110,13 @@ def load_own(model,       # of `share_encoder`
     except RuntimeError as e:
         raise ValueError('its weights have another shape than its config says') from e
 
-def load_shared(folder: Path,   # of the small model
-                config,         # in it
-                large,          # a transformers model
-                name: str = '', # of the large model
-                dtype: torch.dtype = torch.float32
-               ):               # an outline, see `filled`
+# %% ../nbs/00d_shared.ipynb #0f67ebef
+def load_shared(folder: Path,                      # of the small model
+                config,                            # in it
+                large,                             # a transformers model
+                name: str = '',                    # of the large model
+                dtype: torch.dtype = torch.float32 # of the weights when they are read
+               ):                                  # an outline, see `filled`
     "A small model that reads the encoder of `large`; a `ValueError` for another one"
     check_lender(config, large, name)
     def lend(model): model.encoder = SharedEncoder(large, config.d_model)
@@ -117,7 +127,10 @@ def load_shared(folder: Path,   # of the small model
     load_own(model, folder)  # says what is wrong
     raise ValueError('its files are not what save_pretrained writes')
 
-def check_lender(config, large, name: str = ''):
+def check_lender(config,        # of the small model, with `shared_encoder`
+                 large,         # a transformers model; None: there is none
+                 name: str = '' # of the large model, for the error
+                ):
     "A `ValueError` unless `large` has the encoder that a small model was trained with"
     if large is None:
         raise ValueError('it holds a decoder that reads the encoder of its large '

@@ -40,10 +40,10 @@ def ranged(x: float,        # the number
 @dataclass
 class Table:
     "Cells as text, with a title and notes"
-    title: str
-    columns: list
-    rows: list
-    notes: list = field(default_factory=list)
+    title: str # above the table
+    columns: list # headings
+    rows: list # lists of texts, as long as `columns`
+    notes: list = field(default_factory=list) # below the table, a line each
 
     def _repr_markdown_(self): return markdown(self)
 
@@ -191,8 +191,8 @@ class Point:
     label: str = ''                 # in the legend, or beside the point
     group: str = 'other'            # of `COLOURS`
     kind: str = 'measured'          # `measured`, `predicted` or `published`
-    x_interval: tuple | None = None
-    y_interval: tuple | None = None
+    x_interval: tuple | None = None # (low, high); None: no error bar
+    y_interval: tuple | None = None # likewise
 
 # %% ../nbs/34b_show.ipynb #16dca7c1
 def bars(points: list, axis: str) -> list | None: # two lists, below and above

@@ -24,7 +24,9 @@ class Files:
     where: dict # name to file
     seen: dict  # file to size, time of its last change (ns) and number on its disk
 
-    def read(self, name: str) -> Tensor:
+    def read(self,
+             name: str # as in the file
+            ) -> Tensor:
         "A tensor as it is stored, mapped"
         with safe_open(self.where[name], 'pt') as file: return file.get_tensor(name)
 
@@ -35,13 +37,15 @@ class Files:
             raise ValueError(f'{changed[0]} has changed since it was loaded: '
                              'load the pair again')
 
-def stamp(file: Path) -> tuple | None:
+def stamp(file: Path # of weights
+         ) -> tuple | None:
     "What tells a file from another at the same place; None: there is none"
     try: found = file.stat()
     except OSError: return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
-def find_files(folder: Path) -> Files | None:
+def find_files(folder: Path # of a model
+              ) -> Files | None:
     "The safetensors that transformers would load from `folder`, None if it wouldn't"
     one, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
     if one.exists():
@@ -56,7 +60,9 @@ def find_files(folder: Path) -> Files | None:
 CLASSES = {T5Config: T5ForConditionalGeneration, MT5Config: MT5ForConditionalGeneration}
 FLOATS = torch.float32, torch.float16, torch.bfloat16
 
-def outline(folder: Path, config, dtype: torch.dtype,
+def outline(folder: Path,             # of a model, with safetensors
+            config,                   # read from that folder; its type is looked at
+            dtype: torch.dtype,       # of the weights when they are read
             change=lambda model: None # makes it another model, without numbers
            ):
     "The model in `folder` without its numbers; None where it must be loaded as usual"
@@ -107,7 +113,7 @@ def placeholder(files: Files, names: dict, weight: Tensor, dtype) -> nn.Paramete
     return weight.place
 
 # %% ../nbs/00c_stored.ipynb #ba7f18a1
-def values(weight: Tensor,
+def values(weight: Tensor,                  # of a model, or a `placeholder`
            dtype: torch.dtype | None = None # of what is in a file; None: the weight's
           ) -> Tensor:
     "The numbers of a weight of a model; one that is in a file is read, and not kept"
@@ -118,7 +124,8 @@ def values(weight: Tensor,
 # %% ../nbs/00c_stored.ipynb #8a0a6b3e
 _filling = threading.Lock()
 
-def filled(model):
+def filled(model # of transformers, changed in place
+          ):
     "`model`; an outline reads its weights now, and is one no more"
     if not hasattr(model, 'stored'): return model
     with _filling:

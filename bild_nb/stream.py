@@ -15,7 +15,9 @@ from .trace import BigLittleDecoder
 # %% ../nbs/05b_stream.ipynb #5f41e5c4
 class Stream:
     "Tokens of texts while they are written, each as soon as it is final"
-    def __init__(self, batch: Batch):
+    def __init__(self,
+        batch: Batch # its texts are written turn by turn, when a token is asked for
+    ):
         self.batch, self.ready = batch, deque()
         self.steps, self.told = batch.writer._write(batch), [*batch.begun]
 
@@ -51,15 +53,15 @@ def _turn(self: Stream):
 # %% ../nbs/05b_stream.ipynb #ac207cbf
 @patch
 def stream(self: BigLittleDecoder,
-           input_ids: torch.Tensor,  # as of `generate`, and so are all others
-           attention_mask=None,
-           max_new_tokens: int | None = None,
-           max_length: int | None = None,
-           trace: bool = True,
-           seed: int | None = None,
-           row: int = 0,
-           **settings
-          ) -> Stream:
+    input_ids: torch.Tensor,           # (rows, length) int64, as of `generate`
+    attention_mask=None,               # of 0 and 1; None: nothing is hidden
+    max_new_tokens: int | None = None, # None: the generation config's, or 128
+    max_length: int | None = None,     # instead; start or prompt counts, too
+    trace: bool = True,                # keep every turn; False: the counts only
+    seed: int | None = None,           # of rules that draw; None: torch gives one
+    row: int = 0,                      # number of the first row, for draws
+    **settings                         # of transformers: see `bild_nb.generate`
+) -> Stream:
     "Tokens as they become final; of several rows (row, token)"
     lengths = max_new_tokens, max_length
     batch = self._batch(input_ids, attention_mask, lengths, trace, seed, row, settings)
@@ -70,7 +72,8 @@ def stream(self: BigLittleDecoder,
 def feed(self: Stream,
          streamer # with `put` and `end`: transformers' `TextIteratorStreamer` and kin
         ):
-    "Give one row's tokens to a streamer, after what the text begins with"
+    """Give a text's tokens to a streamer, after what it begins with; a `ValueError` for
+    several rows"""
     try:
         if len(self.batch.runs) > 1: raise ValueError('a streamer takes one row')
         streamer.put(self.batch.ids)

@@ -20,13 +20,13 @@ from .data import offline, read_texts, said
 @dataclass(frozen=True)
 class Task:
     "A data set, how to read and score it, and the models for it"
-    name: str
+    name: str                    # in commands, run folders and tables
     data: str = ''               # a hub id, a local folder or file, or `shipped`
     source: str = ''             # column path of the input; '': the first usual name
     target: str = ''             # column path of the reference, likewise
     id: str = ''                 # column path of unique ids; '': `id`, or row numbers
     config: str | None = None    # configuration of the data set
-    split: str = 'validation'
+    split: str = 'validation'    # of the data set; a file has none
     prefix: str = ''             # put before every input
     metric: str = 'bleu'         # `bleu`, `rouge`, `chrf`, and settings: `bleu:zh`
     max_source: int = 1024       # tokens
@@ -175,7 +175,7 @@ def read_toml(
 def task_from_toml(
     file: Path,  # of a task
 ) -> Task:
-    "The `Task` in a TOML file; relative folders are seen from the file's own"
+    "The `Task` in a TOML file, folders seen from there; a `ValueError` for wrong keys"
     given, known = read_toml(file), [f.name for f in fields(Task)]
     for key in given:
         if key not in known: raise ValueError(f'{file}: {unknown(key, known)}')
@@ -238,7 +238,7 @@ def pairs(
 @dataclass
 class Rows:
     "Examples: dictionaries `id`, `source` (with its prefix) and `reference`"
-    rows: list
+    rows: list      # those that are whole, in the order of the data
     origin: str     # where they were loaded from
     left_out: dict  # reason -> dict(count, first)
 
@@ -312,7 +312,8 @@ def checkpoints(
     large: str | None = None,  # instead of the task's
     small: str | None = None,  # a kind, or any model
 ) -> tuple:                    # large, small, kind of the small one
-    "The models that are asked for; a folder called as a checkpoint is of its kind"
+    """The models that are asked for; a folder called as a checkpoint is of its kind;
+    a `ValueError` where the task has none"""
     if not (large or task.large):
         raise ValueError(f'task {task.name!r} names no large model: give --large')
     large, kind = large or task.large, small or 'unaligned'
@@ -332,7 +333,7 @@ def kind_like(task: Task, small: str) -> str:
 def load_tokenizer(
     task: Task,  # a benchmark
 ):               # a tokenizer
-    "The tokenizer that the task names"
+    "The tokenizer that the task names; a `ValueError` if there is none"
     name, why = task.tokenizer, 'the models came without a tokenizer, and'
     if not name: raise ValueError(f'{why} task {task.name!r} names none: '
                                   'save one in the model folder')

@@ -283,7 +283,7 @@ class Tape(TorchDispatchMode):
 @dataclass(frozen=True)
 class Result:
     "What an operation of a `Tape` gave, by its number"
-    number: int
+    number: int # of the operation, from 0
 
 def _alive(x, values):
     "A tensor that is meant; a `RuntimeError` if it is gone"

@@ -14,7 +14,10 @@ from .decode import BigLittleDecoder
 from .many import padded
 
 # %% ../nbs/14b_throughput.ipynb #64f990f2
-def ours(decoder: BigLittleDecoder, new: int):
+def ours(
+    decoder: BigLittleDecoder, # the pair and its policy
+    new: int                   # most tokens of a text
+):                             # a system: from a batch to the texts' tokens, and facts
     "Our loop as a system"
     def run(ids: list) -> tuple: # tokens of each text, facts
         found = dict(decoder.each(ids, new, most=len(ids)))
@@ -34,7 +37,10 @@ def longest(traces: list) -> list: # of each turn, in small passes
     return [max(row[i] for row in drafts if i < len(row)) for i in range(width)]
 
 # %% ../nbs/14b_throughput.ipynb #d6de14ee
-def hf_rows(large, new: int, forced: bool):
+def hf_rows(large,       # a model of transformers
+            new: int,    # most tokens of a text
+            forced: bool # whether every text has that many
+           ):            # a system
     "transformers' greedy generation of a batch"
     settings = greedy_settings(large, new, forced)
     def run(ids: list) -> tuple:
@@ -45,15 +51,18 @@ def hf_rows(large, new: int, forced: bool):
         return [ended(row[1:], settings.eos_token_id) for row in out.tolist()], {}
     return run
 
-def ended(tokens: list, eos) -> list:
+def ended(tokens: list, # of one text, maybe with padding behind it
+          eos           # its end, one id
+         ) -> list:
     "A text without what stands behind its end"
     return tokens[:tokens.index(eos) + 1] if eos in tokens else tokens
 
 # %% ../nbs/14b_throughput.ipynb #490a0ad4
 def ct2_rows(folder: Path, # that `bench.convert` wrote
-             new: int, forced: bool,
+             new: int,     # most tokens of a text
+             forced: bool, # whether every text has that many
              compute: str  # `float32` or `int8`
-            ):
+            ):             # a system
     "CTranslate2's greedy decoding of a batch"
     import ctranslate2
     translator = ctranslate2.Translator(
@@ -68,12 +77,12 @@ def ct2_rows(folder: Path, # that `bench.convert` wrote
     return run
 
 # %% ../nbs/14b_throughput.ipynb #5fd87e93
-def measure_batches(systems: dict,   # name to system
-                    sources: list,   # (1, length) int64 each, longest first
-                    sizes: tuple,    # of the batches
-                    out: Path,       # gets a line for each measurement
-                    labels: dict,    # what to write into each line
-                    repeats: int = 2,
+def measure_batches(systems: dict,          # name to system
+                    sources: list,          # (1, length) int64 each, longest first
+                    sizes: tuple,           # of the batches
+                    out: Path,              # gets a line for each measurement
+                    labels: dict,           # what to write into each line
+                    repeats: int = 2,       # after a batch that does not count
                     few: int | None = None, # texts at batch 1; None: all of them
                     whole: bool = True,     # whether all texts are written at any size
                     seconds: float = 1e9    # nothing is begun after that
@@ -89,7 +98,9 @@ def measure_batches(systems: dict,   # name to system
             else: append(out, dict(labels, system=name, batch=size, texts=len(texts),
                                    **timed_batches(system, batches)))
 
-def timed_batches(system, batches: list) -> dict:
+def timed_batches(system,       # a function of a batch, see `ours`
+                  batches: list # of (1, length) int64 each
+                 ) -> dict:
     "ms, tokens and facts of a system on some batches"
     began = time.perf_counter()
     found = [system(batch) for batch in batches]
@@ -99,6 +110,8 @@ def timed_batches(system, batches: list) -> dict:
     return dict(ms=round(ms, 2), tokens=tokens,
                 **facts)
 
-def append(file: Path, record: dict):
+def append(file: Path,  # of JSON lines; made where it is missing
+           record: dict # what JSON can hold
+          ):
     "A line more"
     with open(file, 'a') as f: f.write(json.dumps(record) + '\n')

@@ -20,12 +20,16 @@ from .policy import score
 # %% ../nbs/01d_together.ipynb #87a249dc
 class Company:
     "Texts that are read together; each is a row of its tensors"
-    def __init__(self, caches: list):
+    def __init__(self,
+        caches: list # of texts of which nothing is read yet; they learn their row
+    ):
         self.tokens = [[] for _ in caches]  # that each row has read
         self.wasted = 0  # rows of passes that nobody asked for
         for row, cache in enumerate(caches): cache.company, cache.row = self, row
 
-    def asked(self, caches: list) -> list: # their rows
+    def asked(self,
+              caches: list # of the texts that go on, each of this company
+             ) -> list:    # their rows
         "Let go of rows that nobody asks for, if they are half or more"
         rows = [c.row for c in caches]
         if 2*len(rows) > len(self.tokens): return rows
@@ -34,17 +38,24 @@ class Company:
         for row, cache in enumerate(caches): cache.row = row
         return [*range(len(rows))]
 
-    def keep(self, rows: list):
+    def keep(self,
+             rows: list # numbers of rows as they are now
+            ):
         "Leave `rows` in the tensors, in this order"
         raise NotImplementedError
 
-    def read(self, new: list, at: list) -> Tensor: # (rows, k, vocabulary)
+    def read(self,
+             new: list,  # tokens for each row, not equally many
+             at: list    # position of the first of each; later ones are forgotten
+            ) -> Tensor: # (rows, k, vocabulary)
         "Read `new` of each row from `at` on; a row's newest token is its last of k"
         raise NotImplementedError
 
+# %% ../nbs/01d_together.ipynb #1ddb03cf
 Cache.company, Cache.row = None, 0
 
-def wasted_rows(caches: list) -> int:
+def wasted_rows(caches: list # of all texts of a batch, with None among them
+               ) -> int:
     "Rows of passes that nobody asked for, while some texts were written"
     groups = {id(c.company): c.company for c in caches if c and c.company}
     return sum(group.wasted for group in groups.values())
@@ -76,8 +87,13 @@ def _read_rows(self: Model, caches: list, new: list, at: list) -> tuple:
 
 # %% ../nbs/01d_together.ipynb #7b5ba6ad
 @patch
-def draft_rows(self: Model, caches: list, ids: list, at: list, least: float, most: list
-              ) -> list: # for each tokens, confidences, a reason
+def draft_rows(self: Model,
+               caches: list, # of the texts
+               ids: list,    # for each a list of the tokens that were not read before
+               at: list,     # and the position of the first
+               least: float, # of the draft rule
+               most: list    # and the longest draft, in tokens
+              ) -> list:     # for each tokens, confidences, a reason
     "As `NativeEngine.draft_rows`"
     n, filler = len(ids), caches[0].settings.pad or 0
     found, sure, ends = [[] for _ in ids], [[] for _ in ids], ['cap']*n
@@ -101,8 +117,14 @@ def draft_rows(self: Model, caches: list, ids: list, at: list, least: float, mos
 
 # %% ../nbs/01d_together.ipynb #f6fa520c
 @patch
-def judge_rows(self: Model, caches: list, ids: list, at: list, g: list, farthest: float,
-               strict=False) -> list: # for each what `NativeEngine.judge_ids` gives
+def judge_rows(self: Model,
+               caches: list,    # of the texts
+               ids: list,       # for each a list of tokens, the draft at their end
+               at: list,        # and the position of the first
+               g: list,         # and the tokens of the draft
+               farthest: float, # of the policy, in nats
+               strict=False     # as its accept rule
+              ) -> list:        # for each what `NativeEngine.judge_ids` gives
     "As `NativeEngine.judge_rows`"
     z, rows = self._read_rows(caches, ids, at)
     k, drafted = z.shape[1], torch.zeros(z.shape[:2], dtype=torch.int64, device='cpu')
@@ -122,7 +144,10 @@ def judge_rows(self: Model, caches: list, ids: list, at: list, g: list, farthest
 # %% ../nbs/01d_together.ipynb #3c9098c2
 class Aligned(Company):
     "Rows of a dynamic cache that end at the same slot"
-    def __init__(self, model: Model, caches: list):
+    def __init__(self,
+                 model: Model, # a `Decoder` or `Causal`, which will read the rows
+                 caches: list  # of texts of which nothing is read yet
+                ):
         super().__init__(caches)
         self.model, self.settings, self.width = model, caches[0].settings, 0
         self.lengths, self.never = [0]*len(caches), caches[0].never
@@ -149,7 +174,9 @@ def _join_sources(self: Aligned, caches: list):
                        attention_mask=None if mask.all() else mask)
 
 @patch
-def keep(self: Aligned, rows: list):
+def keep(self: Aligned,
+         rows: list # numbers of rows as they are now
+        ):
     "As `Company.keep`"
     device = self.model.device
     at = torch.tensor(rows, device=device)
@@ -165,7 +192,9 @@ def keep(self: Aligned, rows: list):
 
 # %% ../nbs/01d_together.ipynb #f1eb9121
 @patch
-def move(self: Aligned, starts: list):
+def move(self: Aligned,
+         starts: list # tokens that stay of each row; below 0: none is there yet
+        ):
     "Let the first `starts[b]` tokens of every row end at the same slot"
     width = max(0, *starts)
     shift = [self.width - width + s - n for s, n in zip(starts, self.lengths)]
@@ -183,7 +212,10 @@ def move(self: Aligned, starts: list):
 
 # %% ../nbs/01d_together.ipynb #333effc4
 @patch
-def read(self: Aligned, new: list, at: list) -> Tensor:
+def read(self: Aligned,
+         new: list,  # tokens for each row, not equally many
+         at: list    # position of the first of each; later ones are forgotten
+        ) -> Tensor: # (rows, k, vocabulary); shorter rows have their logits at the end
     "As `Company.read`"
     for row, x, i in zip(self.tokens, new, at): row[i:] = x
     k, filler = max(map(len, new)), self.settings.pad or 0
@@ -213,11 +245,11 @@ def join(self: Causal, caches: list) -> Company: return Aligned(self, caches)
 # %% ../nbs/01d_together.ipynb #b8b4f250
 @patch
 def read_rows(self: Causal,
-              rows: Aligned,
-              tokens: Tensor,       # (rows, k)
-              seen: Tensor | None,  # (rows, slots): 1 where a token is; None: all
-              true: Tensor          # (rows, k) positions
-             ):                     # what the model returns
+              rows: Aligned,       # the texts; their cache gets the keys and values
+              tokens: Tensor,      # (rows, k)
+              seen: Tensor | None, # (rows, slots): 1 where a token is; None: all
+              true: Tensor         # (rows, k) positions
+             ):                    # what the model returns
     "A pass over several texts"
     where = dict(position_ids=true) if self.takes_positions else {}
     return self.model(input_ids=tokens, attention_mask=seen, use_cache=True, **where,
@@ -229,7 +261,12 @@ def takes_positions(self: Causal) -> bool:
 
 # %% ../nbs/01d_together.ipynb #a1660e23
 @patch
-def read_rows(self: Decoder, rows: Aligned, tokens, seen, true):
+def read_rows(self: Decoder,
+              rows: Aligned, # the texts; their cache gets the keys and values
+              tokens,        # (rows, k)
+              seen,          # (rows, slots): 1 where a token is; None: all
+              true           # (rows, k) positions
+             ):
     "As that of `Causal`"
     what, decoder = dict(decoder_input_ids=tokens), self.model.get_decoder()
     table, slots = getattr(decoder, 'embed_positions', None), rows.width
@@ -241,7 +278,10 @@ def read_rows(self: Decoder, rows: Aligned, tokens, seen, true):
     return self.model(**rows.source, decoder_attention_mask=seen, use_cache=True,
                       **what, **{self.cache_name: rows.kv})
 
-def position_table(table, n: int, model) -> Tensor: # (n, width)
+def position_table(table,      # the module `embed_positions` of a decoder
+                   n: int,     # positions, from 0
+                   model       # of transformers; its device and type
+                  ) -> Tensor: # (n, width)
     "The first `n` positions as the model's decoder adds them"
     names = inspect.signature(table.forward).parameters
     like = dict(device=model.device, dtype=model.dtype)

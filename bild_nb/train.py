@@ -38,7 +38,7 @@ def suggest(
     pairs:int, # of texts to train on
     size:str|None=None, # a name in `SIZES`; None: by the number of pairs
 )->dict: # numbers of both models and of their training
-    "Sizes for so many pairs"
+    "Sizes for so many pairs; a `ValueError` for a size that there is not"
     if size is None: size = [k for k, (least, _) in SIZES.items() if least <= pairs][-1]
     if size not in SIZES:
         raise ValueError(f'size {size!r}: there are {", ".join(SIZES)}')
@@ -51,7 +51,7 @@ def check_pairs(
     rows, # a `datasets.Dataset` with `source` and `target`
     name:str='train', # what to call it in the message
 ): # `rows` with these two columns
-    "`rows`, if a pair of models can be trained on them"
+    "`rows`, if a pair of models can be trained on them, else a `ValueError`"
     rows = check_rows(rows, name).select_columns(['source', 'target'])
     both = list(zip(rows['source'], rows['target']))
     for i, texts in enumerate(both):
@@ -66,7 +66,7 @@ def check_pairs(
 def hold_out(
     pairs, # a `Dataset` with `source`
     n:int=500, # pairs to hold out, at most a tenth
-    seed:int=0,
+    seed:int=0, # of which ones
 )->tuple: # train, valid
     "Two parts without a common source"
     n = min(n, math.ceil(len(pairs)/10))
@@ -74,7 +74,9 @@ def hold_out(
     valid = pairs.select(held)
     return apart(pairs, valid), valid
 
-def apart(pairs, valid):
+def apart(pairs, # a `Dataset` with `source`
+          valid  # likewise
+         ):      # a `Dataset`; a `ValueError` if nothing is left
     "`pairs` without those whose source is in `valid`"
     held = {key(s) for s in valid['source']}
     rest = [i for i, s in enumerate(pairs['source']) if key(s) not in held]
@@ -97,23 +99,32 @@ def pair_tokenizer(
     return AutoTokenizer.from_pretrained(folder)
 
 # %% ../nbs/21_train.ipynb #cfdfb97e
-def new_large(tokenizer, size:dict, seed:int):
+def new_large(tokenizer, # of both models
+              size:dict, # as `suggest` gives it
+              seed:int   # of the first weights
+             ):          # model, arguments of `train_seq2seq`
     "The large model before training, and how to train it"
     names = 'layers', 'd_model', 'heads', 'd_kv', 'd_ff', 'dropout'
     model = new_t5(tokenizer, decoder_layers=size['layers'], seed=seed,
                    **{k: size[k] for k in names})
     return ready(model), schedule(size['epochs'])
 
-def new_small(large, size:dict):
+def new_small(
+    large,    # trained; its first decoder layer is taken, and all of its encoder
+    size:dict # as `suggest` gives it
+):            # model, arguments of `train_seq2seq`
     "The small model before training: one decoder layer of the large one"
     model = take_layers(large, [0])
     return ready(model), schedule(math.ceil(size['epochs']/3), lr=5e-3, warmup=50)
 
-def schedule(epochs:float, **how)->dict:
+def schedule(epochs:float, # at most
+             **how         # of `train_seq2seq`, kept as it is
+            )->dict:
     "Give up when half of the epochs brought nothing"
     return dict(how, epochs=epochs, patience=max(3, math.ceil(epochs/2)))
 
-def ready(model):
+def ready(model # of transformers
+         ):     # the same, in training mode; on a CPU with plain attention
     "`model` for training on this machine"
     if not torch.cuda.is_available(): model.set_attn_implementation('eager')
     return model.train()
@@ -122,7 +133,10 @@ def ready(model):
 def pair_plan(
     rows, # to train on
     valid, # None: a part is held out
-    size:str|None, epochs:float|None, vocab:int|None, seed:int, # of `train_pair`
+    size:str|None, # a name in `SIZES`; None: by the number of pairs
+    epochs:float|None, # most passes of the large model; None: those of the size
+    vocab:int|None, # pieces of the vocabulary; None: those of the size
+    seed:int, # of what is held out
 )->tuple: # train, valid, numbers
     "What to train on and with; a `ValueError` for what cannot work"
     rows = check_pairs(rows)
@@ -236,16 +250,18 @@ def train_pair(
     return result
 
 # %% ../nbs/21_train.ipynb #b0438538
-def counted(rows)->dict:
+def counted(rows # a `Dataset` of texts
+           )->dict:
     "How many pairs, and a hash of them"
     parts = (text for name in rows.column_names for text in rows[name])
     return dict(pairs=len(rows), digest=digest(parts))
 
 def train_models(
     folder:Folder, # held
-    train, valid, # `Dataset`s
+    train, # a `Dataset` with `source` and `target`
+    valid, # likewise, held out
     max_hours:float|None, # for both
-    progress:bool,
+    progress:bool, # say on stderr what is done
 )->str|None: # the model in whose training the clock stopped it; None: both are there
     "Train the large model, then the small one"
     size, work, started = folder.settings, folder.work, time.monotonic()
@@ -265,7 +281,11 @@ def train_models(
 
 LONGEST = 128 # tokens of a side to learn from
 
-def say_begin(name:str, model, how:dict, pairs:int):
+def say_begin(name:str, # `large` or `small`
+              model,    # before training
+              how:dict, # with `epochs`
+              pairs:int # to train on
+             ):
     "What is trained now"
     print(f'{name}: {model.num_parameters()/1e6:.1f} million weights, {pairs} pairs, '
           f'at most {how["epochs"]:g} epochs', file=sys.stderr)

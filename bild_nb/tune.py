@@ -102,8 +102,8 @@ class Goal:
 @dataclass
 class Generations:
     "Records of policies on the examples of a job, each made once"
-    run: Run
-    job: Job
+    run: Run     # where records are kept, so that a resume finds them
+    job: Job     # task, pair and rows
     bar: object  # shows each that is made
 
     def __call__(self, policy: str, examples: range) -> list:
@@ -213,7 +213,7 @@ def promise(generate,          # records of a policy on a range of examples
 @dataclass
 class Balance:
     "What BiLD costs with a pair, and what would make it as fast as the large model"
-    policy: str
+    policy: str                # its text
     speedup: float             # by the cost model
     step: float                # of the small model, in steps of the large one
     step_needed: float | None  # None: none is short enough
@@ -265,7 +265,8 @@ def halves(rows: Rows,    # examples
            held: int,     # held out
            seed: int = 0  # of the choice
           ) -> tuple:     # two `Rows`
-    "Two disjoint random sets of examples, smaller ones where there are not enough"
+    """Two disjoint random sets of examples, smaller where there are not enough; a
+    `ValueError` for fewer than four"""
     if len(rows) < 4:
         raise ValueError(f'{len(rows)} examples are too few to search and confirm')
     if n + held > len(rows):
@@ -279,7 +280,7 @@ def halves(rows: Rows,    # examples
 @dataclass
 class Search:
     "What the trials of `tune` found"
-    trials: list
+    trials: list    # dicts, in the order in which candidates were tried
     generated: int  # texts
     full: int       # texts that a full evaluation would have taken
     balance: Balance  # of the candidate that is the fastest by the cost model
@@ -391,7 +392,8 @@ def tune(task: Task,                       # a benchmark
          kind: str = 'other',              # of the small model, as `open_pair` gives it
          names: tuple = ('', '')           # of the two checkpoints
         ) -> dict:                         # `policy`, None: none is recommended; `why`
-    "Find the fastest thresholds within `goal`, and time them on held-out examples"
+    """Find the fastest thresholds within `goal`, and time them on held-out examples;
+    a `ValueError` first for a goal that so few examples cannot show"""
     if min(n, held) < 2: raise ValueError('n and held must be 2 examples or more')
     out, (near, far) = Path(out), halves(rows, n, held)
     check_possible(goal, len(far))
@@ -441,7 +443,8 @@ MEASURED = ('examples', 'score', 'difference', 'difference_interval', 'speedup',
 def save_policy(folder: Path, # of the small model
                 found: dict   # of `tune`
                ) -> Path:     # the file
-    "Write what `tune` recommends into a pair"
+    """Write what `tune` recommends into a pair; a `ValueError` if it recommends none,
+    or for a folder that holds no model"""
     file = Path(folder)/'bild.json'
     if found['policy'] is None: raise ValueError(found['why'])
     if not (file.parent/'config.json').exists():
