@@ -15,6 +15,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     author=cfg["author"], url=cfg["git_url"], license=cfg["license"], license_files=["LICENSE", "NOTICE"],
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Natural Language :: English",
+                 "Operating System :: POSIX :: Linux", "Operating System :: MacOS",
                  *(f"Programming Language :: Python :: 3.{minor}" for minor in range(low, high + 1))],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},

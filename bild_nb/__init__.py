@@ -1,7 +1,7 @@
 "The Big Little Decoder: a small model drafts, a large model verifies."
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _modules = {"policy": ["Policy", "Confidence", "Fixed", "NLL", "Greedy", "parse_policy"],
             "decoder": ["Decoder"],
