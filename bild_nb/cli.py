@@ -475,9 +475,9 @@ def findings() -> dict:
     try: pair = repr(open_pair())
     except Exception as e: pair = f'missing: {reason(e)}'
     gpu = torch.cuda.is_available()
-    packages = 'torch', 'transformers', 'datasets', 'accelerate', 'sacrebleu'
+    packages = 'transformers', 'datasets', 'accelerate', 'sacrebleu'
     return dict(bild_nb=__version__, python=platform.python_version(),
-                system=platform.platform(),
+                system=platform.platform(), torch=torch.__version__,
                 **{name: installed(name) for name in packages},
                 cpus=os.cpu_count(), threads=torch.get_num_threads(),
                 device=torch.cuda.get_device_name() if gpu else 'cpu', pair=pair)
