@@ -8,6 +8,7 @@ __all__ = ['CLASSES', 'PROMPT', 'llama_family', 'head_width', 'undescribed', 'pa
 
 # %% ../nbs/10b_causal_engine.ipynb #41012cd6
 from dataclasses import dataclass, replace
+from itertools import repeat
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -201,16 +202,16 @@ class CausalLayer(Layer):
 
 # %% ../nbs/10b_causal_engine.ipynb #98d42e7a
 @patch
-def decode(self: CausalLayer,
-           x: Tensor,           # (k, d_model)
-           turns: Tensor,       # (k, 1, d/2) of its positions
-           new: Tensor,         # (2, groups, k, d) of the cache, for keys and values
-           keys: Tensor,        # (groups, d, n) of the cache, the new ones included
-           values: Tensor,      # (groups, n, d)
-           hide: Tensor | None  # (k, k), added to the scores of the new keys
-          ) -> Tensor:          # (k, d_model)
-    "Self-attention over the cache"
-    k, h = x.shape[0], self.qkv(self.norm(x))
+def mix(self: CausalLayer,
+        h: Tensor,           # (k, inner + 2 shared) queries, keys and values
+        turns: Tensor,       # (k, 1, d/2) of its positions
+        new: Tensor,         # (2, groups, k, d) of the cache, for keys and values
+        keys: Tensor,        # (groups, d, n) of the cache, the new ones included
+        values: Tensor,      # (groups, n, d)
+        hide: Tensor | None  # (k, k), added to the scores of the new keys
+       ) -> Tensor:          # (k, heads*d)
+    "One text's attention to itself, as that of `Layer`"
+    k = h.shape[0]
     if self.bias is not None: h = h + self.bias
     qk, v = h.split(self.sizes, -1)
     qk = qk.reshape(k, -1, self.d)
@@ -218,7 +219,7 @@ def decode(self: CausalLayer,
         qk = self.head_norm(qk.reshape(-1, self.d)).view(qk.shape)*self.scales
     q, key = turn(qk, turns).split((self.heads, self.groups), 1)
     new[0], new[1] = key.transpose(0, 1), v.view(k, -1, self.d).transpose(0, 1)
-    return x + self.o(grouped(q, keys, values, hide))
+    return grouped(q, keys, values, hide)
 
 def grouped(q: Tensor,          # (k, heads, d)
             keys: Tensor, values: Tensor, hide: Tensor | None # as of `decode`
@@ -242,9 +243,9 @@ class CausalEngineCache(Cache):
 
 class CausalEngine(Engine):
     "A model of the Llama family on a static cache and packed weights: a snapshot"
-    rows = False
     why_not, describe = staticmethod(undescribed), staticmethod(llama_family)
     read_settings = Causal.read_settings
+    def why_apart(self): return None  # each row has a scale of its own, in int8, too
     def __init__(self,
                  model,             # of one of `CLASSES`, in fp32 on a CPU
                  tokenizer=None,    # shows texts in traces
@@ -292,30 +293,43 @@ def open(self: CausalEngine,
 
 # %% ../nbs/10b_causal_engine.ipynb #99e0f9cd
 @patch
-def _read(self: CausalEngine, cache: CausalEngineCache, ids: Tensor, at: int) -> Tensor:
-    "The last layer's output for `ids` (k), which go into the cache from `at` on"
-    k, n = len(ids), at + len(ids)
+def _cached(self: CausalEngine, cache: CausalEngineCache, at: int, k: int):
+    "What `mix` needs to read `k` tokens from `at` on, for each layer"
+    n = at + k
     if n > cache.kv.shape[3]: self._grow(cache, n)
+    turns, hide, seen = self.turns(at, k), None, cache.kv[:, :, :, :n]
+    if k > 1: hide = torch.full((k, k), -torch.inf).triu_(1)
+    new, keys = seen[:, :, :, at:].unbind(), seen[:, 0].transpose(-1, -2).unbind()
+    return zip(repeat(turns), new, keys, seen[:, 1].unbind(), repeat(hide))
+
+@patch
+def _read(self: CausalEngine, caches: list, ids: Tensor, sizes: list, at: list
+         ) -> Tensor: # (k, d_model)
+    "The last layer's output for `ids` (k), `sizes` of them into each cache from `at` on"
     x = F.embedding(ids, self.embedding)
     if self.embed_scale != 1: x = x*self.embed_scale
-    turns, hide = self.turns(at, k), None
-    if k > 1: hide = torch.full((k, k), -torch.inf).triu_(1)
-    seen = cache.kv[:, :, :, :n]
-    new, keys = seen[:, :, :, at:].unbind(), seen[:, 0].transpose(-1, -2).unbind()
-    for layer, *cached in zip(self.decoder, new, keys, seen[:, 1].unbind()):
-        x = layer.feed(layer.decode(x, turns, *cached, hide))
-    cache.length = n
+    texts = zip(*map(self._cached, caches, at, sizes))
+    for layer, text in zip(self.decoder, texts):
+        x = layer.feed(layer.decode(x, sizes, text))
+    for cache, i, k in zip(caches, at, sizes): cache.length = i + k
     return x
 
 @patch
-def _pass(self: CausalEngine, cache: CausalEngineCache, ids: Tensor, at: int, last: int
-         ) -> Tensor: # (last, vocabulary)
-    "Read `ids` (k) into the cache and give the logits after the `last` of them"
+def _pass(self: CausalEngine, caches: list, ids: Tensor, sizes: list, at: list,
+          last: list) -> Tensor:
+    "As that of `Engine`; more than `PROMPT` tokens are read text by text, in pieces"
+    if len(ids) <= PROMPT: x = self._read(caches, ids, sizes, at)
+    else:
+        texts = zip(caches, ids.split(sizes), at)
+        x = torch.cat([self._pieces(*text) for text in texts])
+    return self._logits(caches[0], x, sizes, last)
+
+@patch
+def _pieces(self: CausalEngine, cache, ids: Tensor, at: int) -> Tensor:
+    "The last layer's output for a text's `ids` (k), read `PROMPT` at a time"
     parts = enumerate(ids.split(PROMPT))
-    x = torch.cat([self._read(cache, part, at + i*PROMPT) for i, part in parts])
-    logits = self.head(self.norm(x[-last:]))[:, :cache.settings.vocab]
-    if cache.never is not None: logits.index_fill_(1, cache.never, -torch.inf)
-    return logits
+    return torch.cat([self._read([cache], part, [len(part)], [at + i*PROMPT])
+                      for i, part in parts])
 
 # %% ../nbs/10b_causal_engine.ipynb #1ec3c851
 def check_same(

@@ -6,12 +6,13 @@
 __all__ = ['ACTIVATIONS', 'COLLECTS', 'PACKED_FROM', 'COLD', 'INT8_FROM', 'NAMES', 'PIECE', 'Attention', 'Feed', 'Block', 'Stack',
            'Family', 't5_family', 'activation_name', 'other_modules', 'other_code', 'other_biases', 'other_weights',
            'unsupported', 'packs', 'linear', 'stepping', 'linear8', 'Positions', 'norm', 'Layer', 'attend', 'split',
-           'Engine', 'EngineCache', 'check_encoded', 'Source', 'logsumexp', 'fast_score']
+           'apart', 'Engine', 'EngineCache', 'check_encoded', 'Source', 'logsumexp', 'fast_score']
 
 # %% ../nbs/10_engine.ipynb #467ed1b7
 import math, warnings
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,7 @@ from .decoder import memory, on_host, size_gb, transfer
 from .policy import Draft, Scores, score
 from .shared import SharedEncoder, borrows
 from .stored import values
+from .together import how_many_stay
 
 # %% ../nbs/10_engine.ipynb #0af5551c
 @dataclass
@@ -451,28 +453,55 @@ def encode(self: Layer,
 
 @patch
 def decode(self: Layer,
-           x: Tensor,      # (k, d_model)
-           store,          # puts new keys and values (2, heads, k, d) into the cache
-           keys: Tensor,   # of the cache, the new ones included, (heads, d_kv, n)
-           values: Tensor, # likewise, (heads, n, d_kv)
-           bias: Tensor    # (heads, k, n), -inf for tokens that come later
-          ) -> Tensor:     # as `x`
-    "Self-attention over the cache"
-    new = split(self.qkv(self.norm(x)), 3, self.heads)
+           x: Tensor,   # (k, d_model), the new tokens of one text or of several
+           sizes: list, # how many are each text's
+           texts: list  # arguments of `mix` for each
+          ) -> Tensor:  # as `x`
+    "Self-attention over the cache of each text"
+    return x + self.o(apart(self.qkv(self.norm(x)), sizes, self.mix, texts))
+
+@patch
+def mix(self: Layer,
+        h: Tensor,      # (k, 3*heads*d_kv) queries, keys and values
+        store,          # puts new keys and values (2, heads, k, d) into the cache
+        keys: Tensor,   # of the cache, the new ones included, (heads, d_kv, n)
+        values: Tensor, # likewise, (heads, n, d_kv)
+        bias: Tensor    # (heads, k, n), -inf for tokens that come later
+       ) -> Tensor:     # (k, heads*d_kv)
+    "One text's attention to itself"
+    new = split(h, 3, self.heads)
     store(new[1:])
-    return x + self.o(attend(new[0], keys, values, bias))
+    return attend(new[0], keys, values, bias)
+
+def apart(h: Tensor,   # (k, width) of several texts, one below the other
+          sizes: list, # how many rows are each text's
+          attention,   # a method of `Layer`
+          texts: list  # its arguments for each
+         ) -> Tensor:  # (k, heads*d_kv)
+    "What `attention` makes of each text's rows"
+    if len(texts) == 1: return attention(h, *texts[0])
+    return torch.cat([attention(x, *text) for x, text in zip(h.split(sizes), texts)])
 
 # %% ../nbs/10_engine.ipynb #9abe9643
 @patch
 def cross(self: Layer,
-    x: Tensor,      # (k, d_model)
+    x: Tensor,    # (k, d_model)
+    sizes: list,  # how many are each text's
+    sources: list # arguments of `look` for each
+) -> Tensor:      # as `x`
+    "Attention to sources whose keys and values were made before"
+    q = self.cross_q(self.cross_norm(x))
+    return x + self.cross_o(apart(q, sizes, self.look, sources))
+
+@patch
+def look(self: Layer,
+    q: Tensor,      # (k, heads*d_kv)
     keys: Tensor,   # (heads, d_kv, source length)
     values: Tensor, # (heads, source length, d_kv)
     mask            # (1, 1, source length), added to the scores; None: all is seen
-) -> Tensor:        # as `x`
-    "Attention to a source whose keys and values were made before"
-    q = split(self.cross_q(self.cross_norm(x)), 1, self.heads)[0]
-    return x + self.cross_o(attend(q, keys, values, mask))
+) -> Tensor:        # (k, heads*d_kv)
+    "One text's attention to its source"
+    return attend(split(q, 1, self.heads)[0], keys, values, mask)
 
 @patch
 def feed(self: Layer,
@@ -676,27 +705,37 @@ def open(self: Engine,
 
 # %% ../nbs/10_engine.ipynb #82fd4090
 @patch
-def _pass(self: Engine, cache: EngineCache,
-          ids: Tensor,  # (k) int64
-          at: int,      # position of the first
-          last: int     # positions whose logits are wanted
-         ) -> Tensor:   # (last, vocabulary)
-    "Read `ids` into the cache and give the logits after the `last` of them"
-    k = ids.shape[0]
+def _cached(self: Engine, cache: EngineCache, at: int, k: int):
+    "What `mix` needs to read `k` tokens from `at` on, for each layer"
     n = at + k
     if n > cache.kv.shape[3]: self._grow(cache, n)
-    x, bias = F.embedding(ids, self.embedding), self.decoder_bias.window(at, k, n)
-    seen = cache.kv[:, :, :, :n]
+    seen, bias = cache.kv[:, :, :, :n], self.decoder_bias.window(at, k, n)
     new, keys = seen[:, :, :, at:].unbind(), seen[:, 0].transpose(-1, -2).unbind()
-    cached = zip(new, keys, seen[:, 1].unbind())
-    source = zip(cache.cross_keys, cache.cross_values)
-    layers = zip(self.decoder, cached, source)
-    for layer, (to, key, value), (far_key, far_value) in layers:
-        x = layer.decode(x, to.copy_, key, value, bias)
-        x = layer.cross(x, far_key, far_value, cache.mask)
+    return zip((to.copy_ for to in new), keys, seen[:, 1].unbind(), repeat(bias))
+
+@patch
+def _pass(self: Engine,
+          caches: list, # of the texts that are read, with the same settings
+          ids: Tensor,  # (k) int64, one text's new tokens after the other's
+          sizes: list,  # how many are each text's
+          at: list,     # position of each one's first
+          last: list    # positions of each whose logits are wanted, its last ones
+         ) -> Tensor:   # (all of these, vocabulary)
+    "Read `ids` into the caches"
+    x = F.embedding(ids, self.embedding)
+    texts = zip(*map(self._cached, caches, at, sizes))
+    sources = zip(*[zip(c.cross_keys, c.cross_values, repeat(c.mask)) for c in caches])
+    for layer, text, source in zip(self.decoder, texts, sources):
+        x = layer.cross(layer.decode(x, sizes, text), sizes, source)
         x = layer.feed(x)
-    cache.length = n
-    logits = self.head(self.norm(x[-last:]))[:, :cache.settings.vocab]
+    for cache, i, k in zip(caches, at, sizes): cache.length = i + k
+    return self._logits(caches[0], x, sizes, last)
+
+@patch
+def _logits(self: Engine, cache, x: Tensor, sizes: list, last: list) -> Tensor:
+    "Logits of each text's `last` rows of `x`; `cache` is one of theirs"
+    x = torch.cat([y[-n:] for y, n in zip(x.split(sizes), last)])
+    logits = self.head(self.norm(x))[:, :cache.settings.vocab]
     if cache.never is not None: logits.index_fill_(1, cache.never, -torch.inf)
     return logits
 
@@ -717,7 +756,8 @@ def forward(self: Engine,
 ) -> Tensor:            # (1, k or last, vocabulary), on the device
     "As `Model.forward`"
     ids = self._checked(cache, tokens, at)
-    return self._pass(cache, ids, at[0], ids.shape[0] if last is None else last)[None]
+    k = ids.shape[0]
+    return self._pass([cache], ids, [k], at, [k if last is None else last])[None]
 
 # %% ../nbs/10_engine.ipynb #030abdaf
 PIECE = 2**13  # columns whose exponentials are in memory at one time
@@ -762,7 +802,7 @@ def verify(self: Engine,
     "As `Model.verify`"
     ids = self._checked(cache, tokens, at)
     draft = draft[0].to(self.device, non_blocking=True)
-    logits = self._pass(cache, ids, at[0], draft.shape[0] + 1)
+    logits = self._pass([cache], ids, [ids.shape[0]], at, [draft.shape[0] + 1])
     token, confidence, nll, logits = on_host(fast_score(logits, draft))
     return Scores(token[None], confidence[None], nll[None], logits[None])
 
@@ -786,7 +826,7 @@ def propose(self: Engine,
     least = torch.tensor(rule.least, dtype=torch.float32, device='cpu').item()
     found, confidence, end = [], [], 'cap'
     while len(found) < most and end == 'cap':
-        s = fast_score(self._pass(cache, ids, at, 1), none)
+        s = fast_score(self._pass([cache], ids, [ids.shape[0]], [at], [1]), none)
         at += ids.shape[0]
         ids = s.token
         p, token = transfer(s.confidence, s.token)
@@ -797,3 +837,75 @@ def propose(self: Engine,
             found.append(token.item())
             if found[-1] in cache.settings.eos: end = 'eos'
     return drafted(found, confidence, end)
+
+# %% ../nbs/10_engine.ipynb #328b776c
+@patch
+def why_apart(self: Engine) -> str | None: # a part of a sentence
+    "Why this model reads one text at a time, or None"
+    if self.int8: return 'its int8 products have one scale for all rows'
+
+@patch(as_prop=True)
+def rows(self: Engine) -> bool: return self.why_apart() is None
+
+@patch
+def _together(self: Engine, caches: list, new: list, at: list, last: list) -> Tensor:
+    "`_pass` with a list of tokens for each text; a `ValueError` if it can't be made"
+    if any(c.settings is not caches[0].settings for c in caches):
+        raise ValueError('the texts of a pass must be opened with the same settings')
+    for cache, i in zip(caches, at): check_position(i, cache.length)
+    ids = torch.tensor([[token for x in new for token in x]], device='cpu')
+    check_ids(ids, self.words)
+    ids = ids[0].to(self.device, non_blocking=True)
+    return self._pass(caches, ids, [*map(len, new)], at, last)
+
+# %% ../nbs/10_engine.ipynb #eaedfdf2
+@patch
+def draft_rows(self: Engine,
+               caches: list, # of the texts
+               ids: list,    # for each a list of the tokens that were not read before
+               at: list,     # and the position of the first
+               least: float, # of the draft rule
+               most: list    # and the longest draft, in tokens
+              ) -> list:     # for each tokens, confidences, one of `ENDS`
+    "Drafts of several texts, whose steps are one pass; one that has ended sits out"
+    n, none = len(ids), torch.empty(0, dtype=torch.int64, device=self.device)
+    found, sure, ends = [[] for _ in ids], [[] for _ in ids], ['cap']*n
+    least, going = torch.tensor(least, dtype=torch.float32).item(), [*range(n)]
+    new, at = [*ids], [*at]
+    while going:
+        rows = [[x[i] for i in going] for x in (caches, new, at)]
+        s = fast_score(self._together(*rows, [1]*len(going)), none)
+        token, confidence = (x.tolist() for x in transfer(s.token, s.confidence))
+        for i, t, p in zip(going, token, confidence):
+            at[i] += len(new[i])
+            sure[i].append(p)
+            new[i] = [t]
+            if p < least or p != p: ends[i] = 'fallback'
+            else:
+                found[i].append(t)
+                if t in caches[i].settings.eos: ends[i] = 'eos'
+        going = [i for i in going if ends[i] == 'cap' and len(found[i]) < most[i]]
+    return list(zip(found, sure, ends))
+
+# %% ../nbs/10_engine.ipynb #d823a3a2
+@patch
+def judge_rows(self: Engine,
+               caches: list,    # of the texts
+               ids: list,       # for each a list of tokens, the draft at their end
+               at: list,        # and the position of the first
+               g: list,         # and the tokens of the draft
+               farthest: float, # of the policy, in nats
+               strict=False     # as its accept rule
+              ) -> list:        # for each tokens, confidences, distances, how many stay
+    "Verdicts on the drafts of several texts, by one pass"
+    drafts = [x[len(x) - n:] for x, n in zip(ids, g)]
+    z = self._together(caches, ids, at, [n + 1 for n in g])
+    flat = torch.tensor([token for x in drafts for token in (*x, 0)], device='cpu')
+    s, found = fast_score(z, flat.to(z.device, non_blocking=True)), []
+    lists = [x.tolist() for x in transfer(s.token, s.confidence, s.nll)]
+    for x in drafts:
+        token, sure, far = (of[:len(x) + 1] for of in lists)
+        lists = [of[len(x) + 1:] for of in lists]
+        far = far[:-1]
+        found.append((token, sure, far, how_many_stay(x, token, far, farthest, strict)))
+    return found

@@ -72,6 +72,8 @@ class GraphEngine(Engine):
         self.backend = f'graphs, {NAMES[self.dtype]}' + ', own kernels'*self.own
         self.free, self.encoders = SimpleQueue(), {}
 
+    def why_apart(self): return 'what it recorded is of one text'
+
     def made_with(self):
         names = 'size', 'most', 'graphs', 'own', 'ahead'
         mine = {name: getattr(self, name) for name in names}
