@@ -305,7 +305,7 @@ def _cached(self: CausalEngine, cache: CausalEngineCache, at: int, k: int):
 @patch
 def _read(self: CausalEngine, caches: list, ids: Tensor, sizes: list, at: list
          ) -> Tensor: # (k, d_model)
-    "The last layer's output for `ids` (k): `sizes` of them for each cache, from `at` on"
+    "The last layer's output for `ids` (k), `sizes` of them for each cache"
     x = F.embedding(ids, self.embedding)
     if self.embed_scale != 1: x = x*self.embed_scale
     texts = zip(*map(self._cached, caches, at, sizes))
