@@ -518,9 +518,15 @@ class Engine(Model):
         return super().held() | {id(self): copies}
 
     @staticmethod
-    def why_not(model) -> str | None: return unsupported(model)
+    def why_not(model           # of transformers
+               ) -> str | None: # None: nothing is in the way
+        "Why this engine cannot hold a model"
+        return unsupported(model)
     @staticmethod
-    def describe(model) -> Family: return t5_family(model)
+    def describe(model # of transformers
+                ) -> Family:
+        "What the engine must know of a model"
+        return t5_family(model)
 
 # %% ../nbs/10_engine.ipynb #f02b0144
 @patch

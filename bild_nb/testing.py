@@ -132,9 +132,9 @@ def is_device(x  # an argument
     return named or isinstance(x, torch.device)
 
 # %% ../nbs/98_testing.ipynb #d8535667
-def refuse_waits(name: str,  # of the function
-                 args,
-                 leaves      # its tensors
+def refuse_waits(name: str, # of the function
+                 args,      # of the function
+                 leaves     # its tensors
                 ):
     "A `RuntimeError` for what would wait for a GPU, or fail on one"
     if name in WAITS: raise RuntimeError(f'{name} waits for the GPU')
