@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELD', 'LOOK', 'NAME', 'modules_of', 'installed', 'option_text', 'field_comments', 'overridden', 'read',
-           'parameters', 'own_methods', 'source_link', 'reference', 'Links', 'unsaid']
+           'parameters', 'own_methods', 'source_link', 'reference', 'described', 'Links', 'unsaid']
 
 # %% ../nbs/99_reference.ipynb #c8280430
 import ast, inspect, re
@@ -147,6 +147,12 @@ def reference(sym,                 # a function, a class or a property
     return Markdown('\n\n'.join(['---', source_link(made) + head + text, *more]))
 
 # %% ../nbs/99_reference.ipynb #26c293cb
+def described(full: str # a dotted name with its module
+             ) -> bool:
+    "Whether a symbol has a docstring of its own, so that the pages show it"
+    package, module, name = full.split('.', 2)
+    return bool(attrgetter(name)(import_module(f'{package}.{module}')).__doc__)
+
 NAME = re.compile(r'(?<!\[)`([A-Za-z_][\w.]*)(\(\))?`')
 
 class Links:
@@ -162,9 +168,10 @@ class Links:
               name: str # as it is written
              ) -> str | None: # with its module; None: not ours, or not clear which
         "The symbol that a name on this page is"
-        found = modules_of(name)
-        for near in (*self.near, set(found)):
-            left = near & set(found)
+        found = set(modules_of(name))
+        far = set() if name.isalpha() and name.islower() else found # `at`: any word
+        for near in (*self.near, far):
+            left = near & found
             if left: return f'{left.pop()}.{name}' if len(left) == 1 else None
     def link(self,
              match # of `NAME`
@@ -172,6 +179,7 @@ class Links:
         "A name, as a link if it can be one"
         from nbdev.doclinks import NbdevLookup
         full = self.meant(match[1])
+        if full and not described(full): full = full.rpartition('.')[0] # its class
         return f'[{match[0]}]({NbdevLookup().doc(full)})' if full else match[0]
     def linked(self,
                text: str # Markdown
