@@ -153,7 +153,7 @@ def described(full: str # a dotted name with its module
     package, module, name = full.split('.', 2)
     return bool(attrgetter(name)(import_module(f'{package}.{module}')).__doc__)
 
-NAME = re.compile(r'(?<!\[)`([A-Za-z_][\w.]*)(\(\))?`')
+NAME = re.compile(r'(?<!\[)`([A-Za-z][\w.]*)(\(\))?`')
 
 class Links:
     "An nbdev processor: link names in backticks to what a page means by them"
