@@ -510,13 +510,10 @@ class Engine(Model):
         full = memory('a copy of the weights', size_gb(model)/(4 if int8 else 1))
         with full, torch.inference_mode(False), torch.no_grad():
             self._lay_out(self.describe(model))
-
     def made_with(self): return dict(super().made_with(), int8=self.int8)
-
     def held(self): # of torch's packed matrices there is no size: this is one of each
         copies = int(1e9*size_gb(self._model)/(4 if self.int8 else 1))
         return super().held() | {id(self): copies}
-
     @staticmethod
     def why_not(model           # of transformers
                ) -> str | None: # None: nothing is in the way

@@ -12,8 +12,8 @@ from collections import defaultdict
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
-from textwrap import dedent
-from fastcore.basics import AttrDict
+from textwrap import dedent, fill
+from fastcore.basics import AttrDict, patch
 from typer.models import OptionInfo
 
 # %% ../nbs/99_reference.ipynb #fdb6a5ed
@@ -139,6 +139,8 @@ def reference(sym,                 # a function, a class or a property
     body.dm.dm = parameters(made)
     for hidden in ('self', 'return')[:1 + inspect.isclass(made)]:
         body.dm.dm.pop(hidden, None)
+    for p in body.dm.dm.values():
+        if p.docment: p.docment = fill(p.docment, 56)
     text = body._repr_markdown_()
     if inspect.isclass(made): text = text.replace('python\ndef ', 'python\nclass ', 1)
     head = f'{"#"*title_level} {name or made.__qualname__}\n\n'
@@ -164,30 +166,6 @@ class Links:
         own = re.findall(r'^#\| *default_exp +(\w+)', text, re.M)
         used = re.findall(r'^from (?:bild_nb)?\.(\w+) import', text, re.M)
         self.near = [{f'bild_nb.{name}' for name in names} for names in (own, used)]
-    def meant(self,
-              name: str # as it is written
-             ) -> str | None: # with its module; None: not ours, or not clear which
-        "The symbol that a name on this page is"
-        found = set(modules_of(name))
-        far = set() if name.isalpha() and name.islower() else found # `at`: any word
-        for near in (*self.near, far):
-            left = near & found
-            if left: return f'{left.pop()}.{name}' if len(left) == 1 else None
-    def link(self,
-             match # of `NAME`
-            ) -> str: # Markdown
-        "A name, as a link if it can be one"
-        from nbdev.doclinks import NbdevLookup
-        full = self.meant(match[1])
-        if full and not described(full): full = full.rpartition('.')[0] # its class
-        return f'[{match[0]}]({NbdevLookup().doc(full)})' if full else match[0]
-    def linked(self,
-               text: str # Markdown
-              ) -> str:
-        "A text with its names linked, but for its code"
-        parts = re.split(r'(^```.*?^```$|^    .*?$)', text, flags=re.M | re.S)
-        parts[::2] = [NAME.sub(self.link, part) for part in parts[::2]]
-        return ''.join(parts)
     def __call__(self,
                  cell # changed in place
                 ):
@@ -196,6 +174,37 @@ class Links:
         for data in (out.get('data', {}) for out in cell.get('outputs', [])):
             if 'text/markdown' not in data: continue
             data['text/markdown'] = [self.linked(''.join(data['text/markdown']))]
+
+# %% ../nbs/99_reference.ipynb #164ceee6
+@patch
+def meant(self: Links,
+          name: str # as it is written
+         ) -> str | None: # with its module; None: not ours, or not clear which
+    "The symbol that a name on this page is"
+    found = set(modules_of(name))
+    far = set() if name.isalpha() and name.islower() else found # `at`: any word
+    for near in (*self.near, far):
+        left = near & found
+        if left: return f'{left.pop()}.{name}' if len(left) == 1 else None
+
+@patch
+def link(self: Links,
+         match # of `NAME`
+        ) -> str: # Markdown
+    "A name, as a link if it can be one"
+    from nbdev.doclinks import NbdevLookup
+    full = self.meant(match[1])
+    if full and not described(full): full = full.rpartition('.')[0] # its class
+    return f'[{match[0]}]({NbdevLookup().doc(full)})' if full else match[0]
+
+@patch
+def linked(self: Links,
+           text: str # Markdown
+          ) -> str:
+    "A text with its names linked, but for its code"
+    parts = re.split(r'(^```.*?^```$|^    .*?$)', text, flags=re.M | re.S)
+    parts[::2] = [NAME.sub(self.link, part) for part in parts[::2]]
+    return ''.join(parts)
 
 # %% ../nbs/99_reference.ipynb #c924ac08
 def unsaid():
