@@ -41,9 +41,10 @@ def check(file, position):
         for full in imported(node):
             package, _, rest = full.partition(".")
             where, module = f"{file}, line {node.lineno}: {name} imports {full}", rest.split(".")[0]
-            if package in ("nbdev", "execnb") or package == "fastcore" and full not in ("fastcore.basics", "fastcore.meta"):
+            if name == "reference": pass  # it works inside nbdev
+            elif package in ("nbdev", "execnb") or package == "fastcore" and full not in ("fastcore.basics", "fastcore.meta"):
                 faults.append(f"{where}, which is for notebooks only")
-            if package != "bild_nb" or module == "__version__": continue
+            if package != "bild_nb" or module in ("__version__", "_modidx"): continue
             if module not in position: faults.append(f"{where}: name the module that has it")
             elif position[module] > position[name]: faults.append(f"{where}, which comes later")
             elif isinstance(node, ast.ImportFrom) and (node.module or "").removeprefix("bild_nb.") == module:

@@ -6,6 +6,7 @@ from urllib.parse import unquote
 CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]*`", re.M | re.S)
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|<(?:a|img)\b[^>]*?\b(?:href|src)=[\"']([^\"']+)|^\[[^\]\n]+\]:\s*(\S+)", re.M)
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.M)
+SITE = "https://bild-nb.github.io/bild_nb/"
 GIVEN = re.compile(r"\{[^}\n]*#([\w.-]+)[^}\n]*\}|\bid=[\"']([^\"']+)")
 
 
@@ -33,8 +34,16 @@ def anchors(file):
     return names
 
 
+def site_fault(link):
+    "What is wrong with a link that nbdev makes of a name in backticks, or None."
+    page, _, anchor = link.partition(".html#")
+    if page not in names: return "no such page"
+    if anchor not in names[page]: return "no such name on that page"
+
+
 def fault(file, link):
     "What is wrong with a link of `file`, or None."
+    if link.startswith(SITE): return site_fault(link.removeprefix(SITE))
     if re.match(r"[a-z][a-z0-9+.-]*:|//", link, re.I): return None
     path, _, anchor = unquote(link).partition("#")
     target = file.parent/path if path else file
@@ -46,6 +55,7 @@ def fault(file, link):
 folder = Path(sys.argv[1])
 pages = sorted((folder/"_proc").rglob("*.ipynb"))
 files = pages + [f for f in sorted(folder.rglob("*.md")) if "_proc" not in f.relative_to(folder).parts]
+names = {re.sub(r"(^|/)\d+[a-z]*_", r"\1", str(p.relative_to(folder/"_proc").with_suffix(""))): anchors(p) for p in pages}
 count, found = 0, []
 for file in files:
     for link in ("".join(groups) for text in texts(file) for groups in LINK.findall(CODE.sub("", text))):

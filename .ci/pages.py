@@ -1,5 +1,5 @@
 "nbdev's documentation step without Quarto, on a copy of the tree in FOLDER: a page of every notebook, no error in a cell."
-import json, os, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 
@@ -30,6 +30,8 @@ def main(folder):
     copy_tree(folder)
     os.chdir(folder)
     made, nbs = proc_nbs(n_workers=2), get_config().nbs_path
+    names = [re.sub(r"^\d+[a-z]*_", "", Path(f).name) for f in nbglob(nbs)]
+    if twice := {name for name in names if names.count(name) > 1}: sys.exit(f"one page of several notebooks, as numbers are dropped: {', '.join(twice)}")
     missing = [str(f) for f in nbglob(nbs) if not (made/Path(f).relative_to(nbs)).exists()]
     if missing: sys.exit(f"no page of {', '.join(missing)}")
     found = [text for page in sorted(made.rglob("*.ipynb")) for text in troubles(page)]

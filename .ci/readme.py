@@ -18,7 +18,7 @@ def render(path):
     "The notebook at `path` as nbdev hands it to Quarto, in GitHub's markdown."
     nb = read_nb(path)
     # doclinks depend on what is installed, so README has none
-    NBProcessor(nb=nb, procs=[p for p in FilterDefaults().procs() if p.__name__ != "add_links"]).process()
+    NBProcessor(nb=nb, procs=[p for p in FilterDefaults().procs() if p.__name__ != "Links"]).process()
     nb = nbformat.reads(nb2str(nb), as_version=4)
     title = re.search(r"^title: (.*)$", nb.cells[0].source, re.M)[1].strip("'\"")
     nb.cells[0] = nbformat.v4.new_markdown_cell(f"# {title}\n")

@@ -53,6 +53,7 @@ class Region(Limits, AcceptRule):
                p: Tensor, # (..., g, vocabulary) of the large model
                q: Tensor  # likewise of the small one; None unless the rule needs it
               ) -> Tensor: # (..., g, vocabulary) bool, or (..., g, 1) for all tokens
+        "Which tokens the large model's distribution lets pass at each place"
         raise NotImplementedError
     def keep(self,
              large,     # with logits (rows, g or more, vocabulary)
@@ -173,7 +174,8 @@ class KL(Region):
         return unsure & (terms.sum(-1, keepdim=True) <= self.tau)
 
 # %% ../nbs/04_accept.ipynb #d73eb51f
-def drafted(draft: Draft) -> Tensor: # (rows, g) bool
+def drafted(draft: Draft # of the turn
+           ) -> Tensor:  # (rows, g) bool
     "Where a row's draft has a token: others of the batch may be longer"
     return torch.arange(draft.tokens.shape[-1]) < draft.n[:, None]
 
@@ -202,7 +204,9 @@ class Ensemble(Limits, AcceptRule):
     def target(self,
                p, # (..., vocabulary) of the large model
                q  # likewise of the small one
-              ): return self.w*p + (1 - self.w)*q
+              ):
+        "The distribution that both models make together"
+        return self.w*p + (1 - self.w)*q
     def keep(self, large, draft, small): return is_argmax(large, draft)
     def judge(self, large, small, draft, state=None, draws=None):
         g = draft.tokens.shape[-1]
@@ -281,6 +285,7 @@ class Rejection(AcceptRule):
         small, # (rows, g or more, vocabulary) logits
         draft # of the turn
     ): # target and q, (rows, g + 1, vocabulary); their ratio at the draft, (rows, g)
+        "What a draw is compared with"
         (p, q), g = both(large, small, draft, self.of), draft.tokens.shape[-1]
         return p, q, at(p[:, :g], draft.tokens)/at(q[:, :g], draft.tokens)
     def judge(self, large, small, draft, state=None, draws=None):

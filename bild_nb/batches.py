@@ -57,7 +57,11 @@ class TokenBatches:
             if i > first and n*(i - first + 1) > max_tokens: self.cuts.append(i)
         self.cuts.append(len(self.lengths))
 
-    def set_epoch(self, epoch): self.epoch = epoch
+    def set_epoch(self,
+                  epoch # counted from 0; another one has another order
+                 ):
+        "Draw the order of another epoch"
+        self.epoch = epoch
 
     def __len__(self): return len(self.cuts) - 1
 
@@ -162,6 +166,7 @@ class Noise:
               token,  # its id
               rng     # draws
              ):
+        "Whether a token is hidden this time"
         return token not in self.apart and rng.random() < self.drop
 
     def __call__(self, source, labels, epoch, row): # what a collator takes
@@ -179,7 +184,7 @@ class NoisyRows(Dataset):
     def __init__(self,
         rows, # a `datasets.Dataset` with ids
         batches:TokenBatches, # its sampler, which knows the epoch
-        noise:Noise,
+        noise:Noise, # what is hidden, and how often
     ): self.rows, self.batches, self.noise = rows, batches, noise
 
     def __len__(self): return len(self.rows)

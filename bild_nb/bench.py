@@ -137,7 +137,8 @@ def bandwidth(mb: int = 512,       # size of the block, MiB
     return mb*2**20/1e9/min(seconds() for _ in range(repeats))
 
 
-def memory_speed(device: str) -> float: # GB/s
+def memory_speed(device: str # `cpu` or a GPU
+                ) -> float:  # GB/s
     "`bandwidth` of a block so large that waiting for a GPU does not count"
     return bandwidth(512 if device == 'cpu' else 4096, device=device)
 
@@ -205,7 +206,11 @@ class Replay(DraftRule, AcceptRule):
     turns: tuple # of `Recorded`
     reads_logits = False
     def begin(self, rows): return Place()
-    def now(self, place) -> Recorded: return self.turns[place.turn % len(self.turns)]
+    def now(self,
+            place # where the row is
+           ) -> Recorded:
+        "The recorded turn of a place; after the last one the first"
+        return self.turns[place.turn % len(self.turns)]
 
 # %% ../nbs/14_bench.ipynb #f0c7b331
 @patch

@@ -222,7 +222,9 @@ def mix(self: CausalLayer,
     return grouped(q, keys, values, hide)
 
 def grouped(q: Tensor,          # (k, heads, d)
-            keys: Tensor, values: Tensor, hide: Tensor | None # as of `decode`
+            keys: Tensor,       # of each group, as of `decode`
+            values: Tensor,     # likewise
+            hide: Tensor | None # as of `decode`
            ) -> Tensor:         # (k, heads*d)
     "Attention of heads that share keys and values"
     (k, heads, d), (groups, _, n) = q.shape, keys.shape

@@ -370,7 +370,8 @@ def continued(pair,        # of causal models
     return pair.tokenizer.decode(tokens, skip_special_tokens=True), out.trace[0], broke
 
 # %% ../nbs/90_cli.ipynb #2a2b299c
-def demo_pairs(**kwargs) -> dict: # of `open_pair`
+def demo_pairs(**kwargs  # of `open_pair`
+              ) -> dict: # `Pair`s
     "The pairs that the demo compares, by name"
     import torch
     given = [kwargs[name] for name in ('pair', 'large', 'small')]

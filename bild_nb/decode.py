@@ -67,9 +67,13 @@ class Trace:
     tokenizer: object = field(default=None, repr=False, compare=False) # None: ids
 
     @property
-    def new_tokens(self) -> int: return self.accepted + self.large_tokens
+    def new_tokens(self) -> int:
+        "Tokens of the output, without what it began with"
+        return self.accepted + self.large_tokens
     @property
-    def passes(self) -> str: return ' '.join(self.log)
+    def passes(self) -> str:
+        "Every pass in order, with the tokens that it read: `L1 S1 S1 L3`"
+        return ' '.join(self.log)
 
 # %% ../nbs/02_decode.ipynb #f276164b
 @patch
@@ -204,9 +208,12 @@ class Run:
     follow: object = None  # what it follows of transformers' settings, if it does
 
     @property
-    def ended(self) -> bool: return self.follow is not None and self.follow.ended
+    def ended(self) -> bool:
+        "Whether a stopping criterion has ended the text"
+        return self.follow is not None and self.follow.ended
     @property
     def done(self) -> bool:
+        "Whether the text has its end token, its full length, or was ended"
         long = len(self.tokens) >= self.limit
         return long or self.ended or self.tokens[-1] in self.settings.eos
 
@@ -435,11 +442,12 @@ class Batch:
     keep: bool     # every turn
     device: object # of the sequences
     writer: object # whose loop it is
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter) # in seconds
     wasted: int = 0 # `wasted_rows` of the output
     def __post_init__(self): self.begun = [len(run.tokens) for run in self.runs]
     @property
     def errors(self) -> dict: # by row
+        "Why texts stopped that could not go on"
         return {i: run.error for i, run in enumerate(self.runs) if run.error}
     def output(self) -> Output:
         "What is final now"

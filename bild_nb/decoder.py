@@ -54,7 +54,9 @@ class Settings:
     positions: int | None  # tokens that the model has positions for; None: any number
     new: int | None = None # new tokens by the generation config, go before `limit`
     @property
-    def causal(self) -> bool: return not self.start
+    def causal(self) -> bool:
+        "Whether the model continues a prompt, and has no encoder"
+        return not self.start
 
 @patch(cls_method=True)
 def of(cls: Settings,
@@ -235,7 +237,8 @@ def borrowed(self: Model,
     return project(self.projection, encoded).to(self._model.dtype)
 
 # %% ../nbs/01_decoder.ipynb #42367cd0
-def transfer(*tensors) -> tuple: # the same, tensors on the host
+def transfer(*tensors   # anything; only those on a device are moved
+            ) -> tuple: # the same, tensors on the host
     "Bring tensors to the host by one copy; what is none, or is there, stays what it is"
     far = [t for t in tensors if isinstance(t, Tensor) and not t.is_cpu]
     if not far: return tensors

@@ -23,7 +23,8 @@ from .trace import shares
 # %% ../nbs/89_demo.ipynb #c256b6fc
 FASTER = 1. # nats
 
-def faster(policy: Policy) -> Policy | None: # None: it has no threshold for rollbacks
+def faster(policy: Policy     # with any accept rule
+          ) -> Policy | None: # None: it has no threshold for rollbacks
     "The same policy with rarer rollbacks"
     if not isinstance(policy.accept, NLL): return None
     later = replace(policy.accept, threshold=policy.accept.threshold + FASTER)
@@ -44,7 +45,9 @@ def compared(pairs: dict,        # `Pair` by name, `BiLD` or `BiLD ...`; one lar
             found[name + label] = decoder(pair, policy)
     return found
 
-def chosen(own: Policy, policies: list) -> dict: # policies by label
+def chosen(own: Policy,   # the pair's
+           policies: list # asked for; none: the usual ones
+          ) -> dict:      # policies by label
     "The policies that one pair runs with"
     if not policies:
         usual = {', careful': own, ', fast': faster(own),

@@ -19,7 +19,8 @@ def decoder_config(config  # of the model
     names = (name for name in DEPTH if type(getattr(config, name, None)) is int)
     return config, next(names, DEPTH[-1])
 
-def layers_path(model) -> tuple: # like `model.layers`, and how many there are
+def layers_path(model      # of transformers
+               ) -> tuple: # like `model.layers`, and how many there are
     "Where a model's decoder layers are; a `ValueError` if they are nowhere"
     config, depth = decoder_config(model.config)
     deep, decoder = getattr(config, depth, None), model.get_decoder()

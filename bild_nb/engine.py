@@ -539,17 +539,20 @@ class Engine(Model):
         full = memory('a copy of the weights', size_gb(model)/(4 if int8 else 1))
         with full, torch.inference_mode(False), torch.no_grad():
             self._lay_out(self.describe(model))
-
     def made_with(self): return dict(super().made_with(), int8=self.int8)
-
     def held(self): # of torch's packed matrices there is no size: this is one of each
         copies = int(1e9*size_gb(self._model)/(4 if self.int8 else 1))
         return super().held() | {id(self): copies}
-
     @staticmethod
-    def why_not(model) -> str | None: return unsupported(model)
+    def why_not(model           # of transformers
+               ) -> str | None: # None: nothing is in the way
+        "Why this engine cannot hold a model"
+        return unsupported(model)
     @staticmethod
-    def describe(model) -> Family: return t5_family(model)
+    def describe(model # of transformers
+                ) -> Family:
+        "What the engine must know of a model"
+        return t5_family(model)
 
 # %% ../nbs/10_engine.ipynb #f02b0144
 @patch

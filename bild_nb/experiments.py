@@ -19,15 +19,15 @@ from .metrics import interval, score_samples
 from .tune import Generations
 
 # %% ../nbs/50b_experiments.ipynb #f54e3c81
-def play(pair,
-         rows,               # of the task
-         policies: list,     # policies or their texts
-         out: Path,          # the run folder
-         examples=None,      # numbers of rows, None: all
-         task=HELP_DE_EN,
-         kind: str = 'other',     # of the small model
-         generations=Generations  # what makes a record
-        ) -> dict:           # policy key -> id -> record, all that is in the folder
+def play(pair,                   # a `Pair`
+         rows,                   # of the task
+         policies: list,         # policies or their texts
+         out: Path,              # the run folder
+         examples=None,          # numbers of rows, None: all
+         task=HELP_DE_EN,        # that the rows are of
+         kind: str = 'other',    # of the small model
+         generations=Generations # what makes a record
+        ) -> dict:               # policy key -> id -> record, all that is in the folder
     "Write the texts that the folder lacks, paragraph by paragraph; then pack it"
     job = Job(task, pair, rows, Protocol(timing=False, predict=False), kind)
     run = Run(out, job.identity({}), None, Siblings(cpu=True))
@@ -41,14 +41,16 @@ def play(pair,
     return kept(out)
 
 # %% ../nbs/50b_experiments.ipynb #b41487f5
-def pack(out: Path):
+def pack(out: Path # the folder
+        ):
     "Compress the records of a run folder that nobody writes"
     plain = out/'records.jsonl'
     data = gzip.compress(plain.read_bytes(), 9, mtime=0)
     replace_file(out/'records.jsonl.gz', lambda part: part.write_bytes(data))
     plain.unlink()
 
-def kept(out: Path) -> dict: # policy key -> id -> record
+def kept(out: Path # the folder
+        ) -> dict: # policy key -> id -> record
     "The records of a folder of `play` or of `bild eval`"
     found = {}
     for file in record_files(Path(out)):
@@ -57,12 +59,18 @@ def kept(out: Path) -> dict: # policy key -> id -> record
     return found
 
 # %% ../nbs/50b_experiments.ipynb #c4ea297e
-def ratio(above, below, W) -> tuple: # of the sums, (low, high)
+def ratio(above,     # (examples,)
+          below,     # likewise
+          W          # (draws, examples), of `resample`
+         ) -> tuple: # of the sums, (low, high)
     "A ratio of two sums over examples, with its bootstrap interval"
     a, b = np.asarray(above, float), np.asarray(below, float)
     return float(a.sum()/b.sum()), interval((W @ a)/(W @ b))
 
-def corpus_score(metric, stats, W) -> tuple: # the score, (low, high)
+def corpus_score(metric,    # a `Metric`
+                 stats,     # (examples, …) of its sums
+                 W          # (draws, examples), of `resample`
+                ) -> tuple: # the score, (low, high)
     "The main score of a corpus, with its bootstrap interval"
     at = metric.names.index(metric.main)
     score, samples = score_samples(metric, stats, W)
@@ -71,7 +79,7 @@ def corpus_score(metric, stats, W) -> tuple: # the score, (low, high)
 # %% ../nbs/50b_experiments.ipynb #f65d4069
 def compared(mine: list,  # records
              large: list, # of the large model, on the same examples
-             metric,
+             metric,      # a `Metric`
              W            # draws, of `resample`
             ) -> dict:    # of each number: it, and `_interval`; `examples`, `same`
     "Score, likeness to the large model, passes a token, share of the large model"
@@ -105,8 +113,13 @@ def table(points: dict): # name -> what `compared` gives
     return DataFrame.from_dict(rows, orient='index')
 
 # %% ../nbs/50b_experiments.ipynb #245c0944
-def trail(ax, points: list, # what `compared` gives, in the order of the line
-          x: str, y: str, label: str, **look):
+def trail(ax,           # of matplotlib
+          points: list, # what `compared` gives, in the order of the line
+          x: str,       # name of a number of `compared`
+          y: str,       # another one
+          label: str,   # in the legend
+          **look        # of matplotlib's `errorbar`
+         ):
     "A line of points with their intervals into matplotlib axes"
     def bars(name):
         ends = [[abs(e - p[name]) for e in p[f'{name}_interval']] for p in points]

@@ -184,7 +184,11 @@ class Part:
     left_out: dict = field(default_factory=dict)  # reason -> dict(count, first)
     dropped: set = field(default_factory=set)     # columns of several kinds
 
-    def place(self, i: int) -> str: return f'{self.unit} {self.at[i]}'
+    def place(self,
+              i: int # number of a row
+             ) -> str:
+        "Where a row stands, for errors"
+        return f'{self.unit} {self.at[i]}'
 
 # %% ../nbs/28_files.ipynb #9ab339f2
 @patch

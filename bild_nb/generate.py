@@ -183,9 +183,13 @@ class Drawn(AcceptRule):
     of: AcceptRule # decides which drafted tokens stay
     samples = True
     @property
-    def raw(self): return self.of.raw
+    def raw(self):
+        "As of the rule that draws"
+        return self.of.raw
     @property
-    def needs(self): return self.of.needs
+    def needs(self):
+        "As of the rule that draws"
+        return self.of.needs
     def begin(self, rows): return self.of.begin(rows)
     def judge(self, large, small, draft, state=None, draws=None):
         p = chances(large.logits)
@@ -316,7 +320,7 @@ def settings_of(
 def begin(self: Following,
     both: Settings,     # of the pair
     mask: Tensor,       # (rows, length), of prompts; not looked at for others
-    seed,
+    seed,               # of random draws
     row: int,           # as of `BigLittleDecoder.generate`
     keep: bool = False, # whether the large model's logits are kept
     streamer=None       # gets the tokens of each turn; None: nobody does
@@ -353,7 +357,10 @@ def forced(ids: Tensor,        # (rows, length) decoder starts, on the host
     return torch.tensor([start]*len(ids))
 
 # %% ../nbs/05_generate.ipynb #5ed485b8
-def chosen(policy, fallback, rollback): # None: nothing was said
+def chosen(policy,   # a `Policy` or its text
+           fallback, # instead of a policy
+           rollback  # likewise; None: nothing was said
+          ):         # a `Policy`
     "The policy that the arguments name; a `ValueError` if they name two"
     if fallback is None and rollback is None: return policy
     if policy is not None: raise ValueError('give policy, or fallback and rollback')
@@ -414,7 +421,8 @@ def check_more(more: dict # by name; None as a value is no setting
                          'the mask gives it')
 
 # %% ../nbs/05_generate.ipynb #151d6178
-def sources_of(asked: Asked) -> list: # ids, mask, encoded of each row
+def sources_of(asked: Asked # of one call
+              ) -> list:    # ids, mask, encoded of each row
     "The sources of encoder-decoder texts, without their padding"
     ids, n = asked.inputs, len(asked.input_ids)
     if ids is None or ids.ndim != 2 or ids.is_floating_point() or (ids < 0).any():

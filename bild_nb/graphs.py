@@ -45,9 +45,13 @@ class Buffers:
     runs: dict = field(default_factory=dict)  # from a name to a function
 
     @property
-    def size(self) -> int: return self.kv.shape[4]
+    def size(self) -> int:
+        "Positions that the buffers hold"
+        return self.kv.shape[4]
     @property
-    def rows(self) -> int: return len(self.at)
+    def rows(self) -> int:
+        "Texts that the buffers hold"
+        return len(self.at)
 
 # %% ../nbs/12_graphs.ipynb #28cf5692
 class GraphEngine(Engine):
@@ -82,7 +86,9 @@ class GraphEngine(Engine):
 # %% ../nbs/12_graphs.ipynb #42906099
 class Product:
     "A product with `weight` (out, in)"
-    def __init__(self, weight: Tensor): self.weight = weight
+    def __init__(self,
+                 weight: Tensor # (out, in)
+                ): self.weight = weight
     def __call__(self, x: Tensor) -> Tensor: return F.linear(x, self.weight)
 
 @patch

@@ -41,9 +41,8 @@ Kind = option(str, 'K', 'row of the tables that a local small model belongs to: 
 
 class Setup:
     "A task, its data and its pair, as options name them"
-    def __init__(
-        self,
-        task: str,
+    def __init__(self,
+        task: str, # name of a benchmark, or a TOML file
         data: Data = None,
         split: Split = None,
         config: Config = None,

@@ -63,7 +63,10 @@ class Bleu(Metric):
 
 # %% ../nbs/32_metrics.ipynb #bdf9343f
 @patch
-def stats(self: Bleu, output: str, reference: str) -> list: # ten counts
+def stats(self: Bleu,
+          output: str,   # what a system wrote
+          reference: str # what it should have written
+         ) -> list:      # ten counts
     "What one example adds to the sums"
     s = self.scorer.sentence_score(output, [reference])
     return [s.sys_len, s.ref_len, *s.counts, *s.totals]
@@ -100,7 +103,10 @@ class Chrf(Metric):
         self.signature = str(self.scorer.get_signature())
 
 @patch
-def stats(self: Chrf, output: str, reference: str) -> list: # eighteen counts
+def stats(self: Chrf,
+          output: str,   # what a system wrote
+          reference: str # what it should have written
+         ) -> list:      # eighteen counts
     "What one example adds to the sums"
     return self.scorer._extract_corpus_statistics([output], [[reference]])[0]
 
@@ -124,7 +130,8 @@ def score(self: Chrf,
 # %% ../nbs/32_metrics.ipynb #81d95f0e
 SENTENCE_END = regex.compile(r'''(?<=[.!?؟।]["')\]”’]?)\s+|(?<=[。！？])\s*''')
 
-def split_by_rule(text: str) -> list: # sentences
+def split_by_rule(text: str # of any language
+                 ) -> list: # sentences
     "`text` at every `SENTENCE_END`"
     return [s for s in SENTENCE_END.split(text.strip()) if s]
 
@@ -148,7 +155,9 @@ WORD = regex.compile(rf'{SIGN}\p{{M}}*|(?:(?!{SIGN})\w)+', regex.V1)
 
 class UnicodeWords:
     "A tokenizer for rouge-score: words, or characters where a script has no spaces"
-    def tokenize(self, text: str) -> list: # tokens
+    def tokenize(self,
+                 text: str # one line
+                ) -> list: # tokens
         "Lower-cased tokens of `text`"
         return WORD.findall(text.lower())
 
@@ -179,7 +188,10 @@ def rouge_tokenizer(name: str): # has `tokenize(text)`
 
 # %% ../nbs/32_metrics.ipynb #9be9cfd3
 @patch
-def stats(self: Rouge, output: str, reference: str) -> list: # F1 of each name, 0 to 1
+def stats(self: Rouge,
+          output: str,   # what a system wrote
+          reference: str # what it should have written
+         ) -> list:      # F1 of each name, 0 to 1
     "What one example adds to the sums"
     lines = ['\n'.join(self.split(t.strip())) for t in (reference, output)]
     found = self.scorer.score(*lines)
@@ -311,18 +323,20 @@ def score_samples(metric: Metric,  # of the task
     return metric.score(S.sum(0), len(S)), metric.score(W @ S, len(S))
 
 # %% ../nbs/32_metrics.ipynb #cf31b062
-def difference(metric: Metric,
-               base, mine, # (examples, …) statistics of two systems
-               W           # (draws, examples)
-              ) -> tuple:  # points of the main score, (low, high)
+def difference(metric: Metric, # whose main score counts
+               base,           # (examples, …) statistics of one system
+               mine,           # likewise of the other
+               W               # (draws, examples)
+              ) -> tuple:      # points of the main score, (low, high)
     "Score of `mine` minus score of `base`, paired"
     at = metric.names.index(metric.main)
     (a, before), (b, after) = (score_samples(metric, s, W) for s in (base, mine))
     return float(b[at] - a[at]), interval((after - before)[:, at])
 
-def speedup(base_ms, mine_ms, # (examples,) the time of each
-            W                 # (draws, examples)
-           ) -> tuple:        # a ratio, (low, high)
+def speedup(base_ms,   # (examples,) the time of each
+            mine_ms,   # likewise
+            W          # (draws, examples)
+           ) -> tuple: # a ratio, (low, high)
     "How many times faster `mine` is over all examples, paired"
     base, mine = np.asarray(base_ms, float), np.asarray(mine_ms, float)
     return float(base.sum()/mine.sum()), interval((W @ base)/(W @ mine))

@@ -40,25 +40,37 @@ def _kl(a, b):
     "KL(a || b) of log-probabilities; what `a` finds impossible adds nothing"
     return (a.exp()*(a - b)).masked_fill(a == -math.inf, 0).sum(-1)
 
-def forward(q:Tensor, p:Tensor, y=None)->Tensor: # (n) nats
+def forward(q:Tensor, # (n, vocabulary) logits of the small model
+            p:Tensor, # likewise of the large model
+            y=None    # tokens; not looked at
+           )->Tensor: # (n) nats
     "KL(p || q): be ready for everything the large model finds possible"
     q, p = _logs(q, p)
     return _kl(p, q)
 
-def reverse(q:Tensor, p:Tensor, y=None)->Tensor: # (n) nats
+def reverse(q:Tensor, # (n, vocabulary) logits of the small model
+            p:Tensor, # likewise of the large model
+            y=None    # tokens; not looked at
+           )->Tensor: # (n) nats
     "KL(q || p): say nothing the large model finds impossible"
     q, p = _logs(q, p)
     return _kl(q, p)
 
 # %% ../nbs/23_objectives.ipynb #bee30041
-def js(q:Tensor, p:Tensor, y=None)->Tensor: # (n) nats, at most ln 2
+def js(q:Tensor, # (n, vocabulary) logits of the small model
+       p:Tensor, # likewise of the large model
+       y=None    # tokens; not looked at
+      )->Tensor: # (n) nats, at most ln 2
     "The Jensen–Shannon divergence"
     q, p = _logs(q, p)
     middle = torch.logaddexp(p, q) - math.log(2)
     return (_kl(p, middle) + _kl(q, middle))/2
 
 # %% ../nbs/23_objectives.ipynb #e86b25c8
-def tv(q:Tensor, p:Tensor, y=None)->Tensor: # (n) a share, from 0 to 1
+def tv(q:Tensor, # (n, vocabulary) logits of the small model
+       p:Tensor, # likewise of the large model
+       y=None    # tokens; not looked at
+      )->Tensor: # (n) a share, from 0 to 1
     "Total variation, `1 - sum(min(p, q))`: what speculative sampling rejects"
     q, p = _logs(q, p)
     return (p.exp() - q.exp()).abs().sum(-1)/2

@@ -30,7 +30,9 @@ def safe(text: str # for a terminal
     from bild_nb.trace import printable
     return printable(text)
 
-def say(text: str, stream=None): # None: stdout, as it is now
+def say(text: str,  # without its line end
+        stream=None # None: stdout, as it is now
+       ):
     "Print a line at once"
     print(text, file=stream or sys.stdout, flush=True)
 
@@ -53,7 +55,8 @@ def escape_strange(*streams): # text streams; None: there is none, as in a windo
     for stream in streams:
         if stream is not None: stream.reconfigure(errors='backslashreplace')
 
-def has_all_letters(stream) -> bool: # a text stream
+def has_all_letters(stream    # of text
+                   ) -> bool: # also where the stream names none
     "Whether the encoding of a stream is Unicode's"
     return 'utf' in (stream.encoding or 'utf').lower()
 

@@ -170,7 +170,8 @@ def read_json(file: Path # of UTF-8 text
     if not isinstance(found, dict): raise ValueError(f'{file.name} is no JSON object')
     return found
 
-def shapes(file: Path) -> dict:  # name to shape
+def shapes(file: Path # safetensors or a checkpoint of torch
+          ) -> dict:  # name to shape
     "The tensors in a file of weights, none read; a `ValueError` if it is damaged"
     try:
         if file.suffix == '.safetensors':
@@ -248,14 +249,16 @@ def misfit(name: str,      # of an entry of a config
 # %% ../nbs/06_pair.ipynb #77b8eba1
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
-def dtype_name(dtype) -> str:  # a name in `DTYPES`, or `int8`
+def dtype_name(dtype    # a name or a type of torch
+              ) -> str: # a name in `DTYPES`, or `int8`
     "The name of a type: `fp16` for itself and for `torch.float16`; or a `ValueError`"
     for name, kind in dict(DTYPES, int8=torch.int8).items():
         if dtype in (name, kind): return name
     legal = f'{", ".join(DTYPES)} and int8, or torch.float16 and its like'
     raise ValueError(f'dtype {dtype!r}: the legal are {legal}')
 
-def pair_dtypes(dtype) -> tuple:  # (of the large model, of the small one)
+def pair_dtypes(dtype      # one type, or one for each model
+               ) -> tuple: # (of the large model, of the small one)
     "Two types from one or two; a `ValueError` for any other"
     both = dtype if isinstance(dtype, (tuple, list)) else (dtype, dtype)
     if len(both) == 2: return tuple(map(dtype_name, both))
@@ -419,7 +422,9 @@ class Pair:
     policy: Policy | None = None  # of `translate`; None: `Policy.bild(0.6, 2)`
     def __post_init__(self): self.policy = as_policy(self.policy)
     @property
-    def causal(self) -> bool: return self.large.settings().causal
+    def causal(self) -> bool:
+        "Whether the models continue a prompt"
+        return self.large.settings().causal
     def __repr__(self):
         def line(m):
             size, alone = m._model.num_parameters()/1e6, 'decoder '*m.borrows

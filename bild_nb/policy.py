@@ -102,8 +102,12 @@ class DraftRule(Rule):
              scores: Scores,  # of the next token, (rows), on the host but for `logits`
              state            # what `begin` or `after` gave
             ) -> Tensor:      # (rows) bool: True where the draft ends before this token
+        "Whether the draft ends before the next token"
         raise NotImplementedError
-    def last(self, scores, state) -> Tensor: # (rows) bool
+    def last(self,
+             scores,     # of the token that was drafted
+             state       # what `begin` or `after` gave
+            ) -> Tensor: # (rows) bool
         "True where the draft ends after this token, which is drafted; by default never"
         return torch.zeros_like(scores.confidence, dtype=torch.bool)
     def most(self,
@@ -131,14 +135,25 @@ class Confidence(DraftRule):
     def __post_init__(self):
         object.__setattr__(self, 'threshold', check('fallback', self.threshold, 0))
     @property
-    def raw(self): return not self.keep
+    def raw(self):
+        "Whether it reads distributions before processors change them"
+        return not self.keep
     @property
-    def least(self): return None if self.keep else self.threshold
+    def least(self):
+        "Below which confidence a draft stops; None: it keeps that token"
+        return None if self.keep else self.threshold
     def content(self): # as before there was a `keep`
         return {k: v for k, v in super().content().items() if k != 'keep' or v}
-    def unsure(self, scores): return scores.confidence < self.threshold
+    def unsure(self,
+               scores # of the next token
+              ):
+        "Where the confidence is below the threshold"
+        return scores.confidence < self.threshold
     def stop(self, scores, state=None): return self.unsure(scores) & (not self.keep)
-    def last(self, scores, state=None): return self.unsure(scores) & self.keep
+    def last(self,
+             scores,    # of the token that was drafted
+             state=None # None
+            ): return self.unsure(scores) & self.keep
 
 # %% ../nbs/00_policy.ipynb #8d63799e
 @named('fixed')
@@ -181,6 +196,7 @@ class AcceptRule(Rule):
              draft: Tensor,  # (rows, g) tokens
              *small          # (rows, g, vocabulary) logits, if the rule needs them
             ) -> Tensor:     # (rows, g) bool: True where the token may stay
+        "Which drafted tokens may stay; those after the first that may not go, too"
         raise NotImplementedError
     def judge(self,
               large: Scores,         # (rows, g + 1), on the host but for `logits`
@@ -210,7 +226,9 @@ class NLL(AcceptRule):
     def __post_init__(self):
         object.__setattr__(self, 'threshold', check('rollback', self.threshold, 0))
     @property
-    def farthest(self): return self.threshold
+    def farthest(self):
+        "The largest distance that is accepted"
+        return self.threshold
     def keep(self,
              large,  # `Scores` of the large model
              draft   # of the turn
@@ -218,7 +236,9 @@ class NLL(AcceptRule):
         near = large.nll <= self.threshold
         return near if self.strict else near | is_argmax(large, draft)
 
-def is_argmax(large: Scores, draft: Tensor) -> Tensor: # (rows, g) bool
+def is_argmax(large: Scores, # (rows, g or more)
+              draft: Tensor  # (rows, g) tokens
+             ) -> Tensor:    # (rows, g) bool
     "Where a drafted token is the large model's own"
     return draft == large.token[..., :draft.shape[-1]]
 
@@ -281,11 +301,17 @@ class Policy:
         for name, value in values.items(): object.__setattr__(self, name, value)
 
     @property
-    def uses_small(self) -> bool: return self.draft is not None
+    def uses_small(self) -> bool:
+        "Whether there is a draft rule; else the large model writes alone"
+        return self.draft is not None
     @property
-    def uses_large(self) -> bool: return self.accept is not None
+    def uses_large(self) -> bool:
+        "Whether there is an accept rule; else the small model writes alone"
+        return self.accept is not None
     @property
-    def draws(self) -> bool: return self.uses_large and self.accept.samples
+    def draws(self) -> bool:
+        "Whether its texts are drawn at random"
+        return self.uses_large and self.accept.samples
 
 # %% ../nbs/00_policy.ipynb #a8bf44ad
 def _check_rules(draft, accept, quirks):

@@ -20,14 +20,18 @@ from .trainer import load_weights
 from .recipe import check_kept
 
 # %% ../nbs/23c_race.ipynb #848d27b1
-def ladder(policy:Policy)->list[Policy]: # asked first, lossless, stricter, looser
+def ladder(policy:Policy   # the asked one
+          )->list[Policy]: # asked first, lossless, stricter, looser
     "Policies that differ in their rollback alone"
     lossless = Policy(policy.draft, Greedy(), policy.max_draft)
     def times(x): return replace(policy.accept, threshold=x*policy.accept.threshold)
     others = [replace(policy, accept=times(x)) for x in (.5, 2)]
     return list(dict.fromkeys([policy, lossless, *others]))
 
-def text_loss(output:str, reference:str, chrf)->float: # 0 to 1
+def text_loss(output:str,    # what BiLD wrote
+              reference:str, # the large model's own
+              chrf           # a metric of sacreBLEU
+             )->float:       # 0 to 1
     "1 - chrF of a text against the large model's own"
     if output == reference: return 0.
     return 1 - chrf.sentence_score(output, [reference]).score/100
@@ -77,10 +81,12 @@ class Trial:
 
 # %% ../nbs/23c_race.ipynb #cd45877c
 def new_trial(
-    large, small, tokenizer, # the small one before training
+    large,                   # the one that both listen to
+    small,                   # before training
+    tokenizer,               # of both
     sources:list[list[int]], # token ids
-    policy:Policy, # the asked one
-    max_new_tokens:int=128 # longest output
+    policy:Policy,           # the asked one
+    max_new_tokens:int=128   # longest output
 )->Trial:
     "A trial with times of passes on this machine, on a source of mean length"
     big, little = [decoder_for(model, tokenizer) for model in (large, small)]

@@ -197,7 +197,10 @@ def steps_per_epoch(train,     # the examples
     else: batches = math.ceil(len(train)/r.batch)
     return math.ceil(math.ceil(batches/n)/r.accumulate)
 
-def plan(train, r:Recipe, n:int=1)->tuple[int, int]: # steps in all; between checkpoints
+def plan(train,             # rows with `input_ids` and `labels`
+         r:Recipe,          # how to train
+         n:int=1            # processes
+        )->tuple[int, int]: # steps in all; between checkpoints
     "How long `r` trains"
     epoch = steps_per_epoch(train, r, n)
     steps = r.steps or math.ceil(r.epochs*epoch)
@@ -226,15 +229,17 @@ class Progress(Bar):
 
 # %% ../nbs/23b_recipe.ipynb #ccf1f3b4
 def new_trainer(
-    small, tokenizer, # the model to train
-    train, valid, # with `input_ids` and `labels`
-    folder:Path, # of the checkpoints
-    r:Recipe, # how to train
-    lr:float, # one of its rates
+    small,              # the model to train
+    tokenizer,          # of its data
+    train,              # rows with `input_ids` and `labels`
+    valid,              # likewise
+    folder:Path,        # of the checkpoints
+    r:Recipe,           # how to train
+    lr:float,           # one of its rates
     progress:bool=True, # show a bar on stderr
-    **kwargs # of `AlignTrainer`
+    **kwargs            # of `AlignTrainer`
 )->AlignTrainer:
-    "A trainer that is ready to go"
+    "An `AlignTrainer` that is ready to go"
     arguments = align_arguments(folder, r, lr, *plan(train, r, Siblings().world))
     callbacks = [LastStep(), EpochOrder()]
     if progress: callbacks.append(Progress())

@@ -28,7 +28,9 @@ class Report:
     runs: list  # `Results`
     rows: list  # for each run the list that `result_rows` gives
 
-    def of(self, task: str) -> list: # (run, rows), the timed ones first
+    def of(self,
+           task: str # its name
+          ) -> list: # (run, rows), the timed ones first
         "What was run for a task"
         both = zip(self.runs, self.rows)
         found = [(run, rows) for run, rows in both if task_name(run) == task]
@@ -36,7 +38,8 @@ class Report:
         return sorted(found, key=untimed)
 
 # %% ../nbs/35_report.ipynb #aacdda0c
-def runs_in(folder: Path) -> list: # paths
+def runs_in(folder: Path # that a command wrote
+           ) -> list:    # paths
     """The folders of the runs in `folder`: its own, and those of a sweep or a tuning;
     a `ValueError` for a tuning that has confirmed nothing"""
     inside = [folder/name for name in ('', 'timed', 'confirm')]
@@ -47,7 +50,8 @@ def runs_in(folder: Path) -> list: # paths
                          'there is no run to show')
     return runs or [folder]
 
-def load(folders: list) -> Report: # paths
+def load(folders: list # paths
+        ) -> Report:   # with all their runs
     "Read run folders; a `ValueError` names one that is none, or is damaged"
     runs = [read_run(f) for folder in folders for f in runs_in(Path(folder))]
     if not runs: raise ValueError('there is no run to report: name run folders')
@@ -85,9 +89,14 @@ def thresholds(policy: str  # its text
     return '' if policy in ('large', 'small') else policy.replace(',', ', ')
 
 # %% ../nbs/35_report.ipynb #7c39f7c5
-def backend(r: Results) -> str: return r.info['settings']['large']['backend']
+def backend(r: Results # one run
+           ) -> str:
+    "What the large model of a run was computed with"
+    return r.info['settings']['large']['backend']
 
-def ours(report: Report, task: str) -> dict: # result rows by (kind, policy)
+def ours(report: Report, # with the runs
+         task: str       # its name
+        ) -> dict:       # result rows by (kind, policy)
     "What was run for a task; of two runs with the same row the first, or the timed one"
     found, runs = {}, report.of(task)
     for run, rows in runs:
@@ -98,7 +107,9 @@ def ours(report: Report, task: str) -> dict: # result rows by (kind, policy)
     return found
 
 # %% ../nbs/35_report.ipynb #8aaf8359
-def lines(task: str, found: dict) -> list: # (kind, policy, paper, reproduction)
+def lines(task: str,  # its name
+          found: dict # of `ours`
+         ) -> list:   # (kind, policy, paper, reproduction)
     "The rows of a benchmark's table: those published, then those only run"
     rows = published_rows(TASKS[task]) if task in TASKS else []
     known = [(r['small'], r['policy'], r['paper'], r['reproduction']) for r in rows]
@@ -206,7 +217,9 @@ def how_timed(r: Results  # what `read_run` gave
             f'transformers {v["transformers"]}.')
 
 # %% ../nbs/35_report.ipynb #f78992de
-def how_scored(r: Results, rows: list) -> list: # texts
+def how_scored(r: Results, # one run
+               rows: list  # its results
+              ) -> list:   # texts
     "Metric, splitter, references, and the scores that have no column"
     s, metric, out = r.info['settings'], r.metric, []
     if 'metric' in s: out.append(f'{metric.label}: {s["metric"]}.')  # its signature
@@ -236,7 +249,8 @@ def other_scores(rows: list  # of `result_rows`
     return '; '.join(f'{row["policy"]}: {one(row["scores"])}' for row in rows)
 
 # %% ../nbs/35_report.ipynb #9a41bed9
-def what_is_missing(r: Results) -> list: # texts
+def what_is_missing(r: Results # one run
+                   ) -> list:  # texts
     "Examples that are in the data and not in the numbers"
     out = []
     if r.missing: out.append(f'Not finished: {r.missing} examples are missing.')
@@ -264,7 +278,8 @@ def examples_of(r: Results  # what `read_run` gave
     "What was scored"
     return frozenset((x['id'], x['reference']) for x in r.records['large'])
 
-def mixed(runs: list) -> list: # texts
+def mixed(runs: list # of one table
+         ) -> list:  # texts
     "What differs between the runs of a table and should not"
     out = []
     if len({examples_of(r) for r in runs}) > 1:
@@ -278,7 +293,9 @@ ROUGE_L = ('What the paper calls ROUGE-L is rougeLsum: the vanilla scores agree 
            'CNN/DailyMail to 0.01 (rougeL is 10 points lower) and on XSUM (where the '
            'reproduction gives its BiLD rows in rougeL, 0.02 higher).')
 
-def notes(report: Report, task: str) -> list: # texts
+def notes(report: Report, # with the runs
+          task: str       # its name
+         ) -> list:       # texts
     "What one must know to read a table"
     runs = report.of(task)
     out = ['Intervals: 95 %, bootstrap over examples; differences are paired.']
@@ -299,7 +316,8 @@ OUR_SHARES = ['ours, fallbacks %', 'rollbacks %', 'fallbacks per token %',
 COUNTED = ('Reproduction and ours: per committed iteration (drafted + large passes - '
            'rollbacks - 1 of each text); per token: per new token.')
 
-def our_shares(row: dict | None) -> list: # cells
+def our_shares(row: dict | None # of `ours`; None: not run
+              ) -> list:        # cells
     "The last five columns"
     if row is None: return ['not run', '', '', '', '']
     keys = ('reproduction_fallback_share', 'reproduction_rollback_share',
@@ -363,7 +381,8 @@ def table1(report: Report  # what the runs hold
     return Table('Table 1', columns, rows, [TABLE1])
 
 # %% ../nbs/35_report.ipynb #d5cffe6c
-def paper_points(task: str) -> list: # of `Point`s
+def paper_points(task: str # name of a benchmark; others have none
+                ) -> list: # of `Point`s
     "Figure 4 of the paper for a benchmark, read from its vector drawing"
     name = TASKS[task].published if task in TASKS else ''
     panels = [p for p in published()['figure4']['panels'] if p['dataset'] == name]
@@ -407,12 +426,15 @@ def curve_panel(report: Report,  # what the runs hold
                 title=task if rows else f'{task} (ours: not run)',
                 line=[(x, base[0]) for x in ends] if base else [])
 
-def curve(report: Report, tasks: list) -> str: # an SVG element
+def curve(report: Report, # with the runs
+          tasks: list     # names; a panel each
+         ) -> str:        # an SVG element
     "The curves of some tasks beside each other"
     return as_svg([curve_panel(report, task) for task in tasks])
 
 # %% ../nbs/35_report.ipynb #bf1fd621
-def commands(tasks: list) -> Table: # names of benchmarks
+def commands(tasks: list # names of benchmarks
+            ) -> Table:  # a row each
     "The command for each row of the published tables"
     rows = []
     for name in tasks:

@@ -63,9 +63,15 @@ class Run:
         self.file = self.out/'run.json'
 
     @property
-    def info(self) -> dict: return read_info(self.out)
+    def info(self) -> dict:
+        "What is needed to repeat the run"
+        return read_info(self.out)
 
-    def note(self, **more): write_json(self.file, self.info | more)
+    def note(self,
+             **more # by name; JSON takes it
+            ):
+        "Write more into what is known of the run"
+        write_json(self.file, self.info | more)
 
 # %% ../nbs/32b_results.ipynb #ffb0a20f
 @patch
@@ -172,7 +178,9 @@ class Results:
     missing: int   # examples not done yet
 
     @property
-    def n(self) -> int: return len(self.records['large'])
+    def n(self) -> int:
+        "Examples of the run"
+        return len(self.records['large'])
 
     @property
     def metric(self):
@@ -222,8 +230,9 @@ def record_files(out: Path  # a run folder
     return [*packed, out/'records.jsonl', *sorted(out.glob('records.*.jsonl'))]
 
 # %% ../nbs/32b_results.ipynb #60115aec
-def predicted_gain(base: list, mine: list, # records
-                   times: dict             # of `typical`
+def predicted_gain(base: list, # records
+                   mine: list, # records of the same examples
+                   times: dict # of `typical`
                   ) -> float:
     "The speed-up of `mine` over `base` by the cost model"
     base, mine = ([trace_of(r) for r in records] for records in (base, mine))

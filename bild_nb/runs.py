@@ -24,7 +24,8 @@ from .safe import (as_json, check_same, disk, lock, read_json, replace_file,
 # %% ../nbs/30_runs.ipynb #a13f94d8
 SUM = re.compile(rb', "sum": "([0-9a-f]{8})"\}$')
 
-def as_line(record:dict)->bytes: # its `id` says what is done
+def as_line(record:dict # its `id` says what is done
+           )->bytes:    # ends with a line end
     "A record as a line of JSON with its checksum"
     if 'sum' in record: raise ValueError('a record has no `sum` of its own')
     data = as_json(record)[:-1]

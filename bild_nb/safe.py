@@ -40,7 +40,9 @@ def write_json(file:Path,  # what is written
     text = as_json(data, indent=1) + b'\n'
     replace_file(file, lambda part: part.write_bytes(text))
 
-def read_json(file:Path, what:str='delete it'): # the advice
+def read_json(file:Path,           # that we wrote
+              what:str='delete it' # the advice
+             ):                    # as JSON has it
     "What `write_json` wrote; a `ValueError` for a damaged file"
     try: return json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{file} is damaged: {what}') from e
@@ -50,7 +52,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK,
           errno.ENOTDIR, errno.EEXIST)
 
-def error_number(e:Exception)->int|None: # None: not one of the system's
+def error_number(e:Exception # of any kind
+                )->int|None: # None: not one of the system's
     "The operating system's number of an error, also where a library words it anew"
     text = str(e)
     if isinstance(e, OSError): return e.errno
@@ -67,7 +70,9 @@ def near(file:str|Path,  # that might be in the way
     file, out = Path(file).absolute(), Path(out).absolute()
     return out in (file, *file.parents) or file in out.parents
 
-def unwritable(e:Exception, out:str|Path)->ValueError|None: # None: something else
+def unwritable(e:Exception,       # of any kind
+               out:str|Path       # what was being written
+              )->ValueError|None: # None: something else
     "An error of writing in one sentence"
     number, name = error_number(e), getattr(e, 'filename', None)
     where = name if isinstance(name, (str, Path)) else out
@@ -142,8 +147,9 @@ def flat(d:dict,      # of dictionaries and values
         found.update(flat(v, f'{path}{k}.') if isinstance(v, dict) else {path + k: v})
     return found
 
-def check_same(old:dict, new:dict, # settings, nested or not
-               out:str|Path        # what was begun with the old ones
+def check_same(old:dict,    # settings, nested or not
+               new:dict,    # likewise
+               out:str|Path # what was begun with the old ones
               ):
     "Refuse settings that differ, the first of them by name"
     a, b = (flat(json.loads(json.dumps(d))) for d in (old, new))
@@ -155,7 +161,8 @@ def check_same(old:dict, new:dict, # settings, nested or not
 # %% ../nbs/27_safe.ipynb #9d11d629
 SEAL = 'whole.json'
 
-def checksum(file:Path)->list: # size in bytes, CRC-32
+def checksum(file:Path # of any kind
+            )->list:   # size in bytes, CRC-32
     "What a file is known by"
     crc = 0
     with file.open('rb') as f:
@@ -178,7 +185,8 @@ def whole(folder:Path  # that may be finished
                for name, found in sealed.items())
 
 # %% ../nbs/27_safe.ipynb #4276b07e
-def checkpoints(folder:Path)->list[Path]: # newest first
+def checkpoints(folder:Path   # of a trainer
+               )->list[Path]: # newest first
     "The checkpoints of a trainer, whole or not"
     found = [(re.fullmatch(r'checkpoint-(\d+)', p.name), p) for p in folder.glob('*')]
     numbers = {int(name[1]): p for name, p in found if name and p.is_dir()}

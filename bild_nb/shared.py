@@ -35,7 +35,9 @@ class Lent:
                  model # of transformers, whose encoder it is
                 ): self.model = model
     @property
-    def module(self): return filled(self.model).encoder
+    def module(self):
+        "The encoder of the large model"
+        return filled(self.model).encoder
     def __deepcopy__(self, memo): return self
 
 class SharedEncoder(nn.Module):
@@ -88,7 +90,9 @@ def borrows(small # of transformers
     "Whether a transformers model has no encoder of its own"
     return isinstance(getattr(small, 'encoder', None), SharedEncoder)
 
-def reads(small, large) -> bool: # transformers models
+def reads(small,    # of transformers
+          large     # of transformers
+         ) -> bool:
     "Whether `small` reads the encoder of this very `large`"
     return borrows(small) and small.encoder.lent.model is large
 

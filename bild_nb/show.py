@@ -25,7 +25,10 @@ def number(x: float | None,  # None: there is none
     "`x` rounded; no minus before a zero, nothing for None"
     return '' if x is None else f'{round(x, digits) + 0.:{sign}.{digits}f}'
 
-def times(x: float | None) -> str: return '' if x is None else f'{x:.2f}×'
+def times(x: float | None # a ratio; None: an empty text
+         ) -> str:
+    "A ratio as text"
+    return '' if x is None else f'{x:.2f}×'
 
 def ranged(x: float,        # the number
            bounds: tuple,   # low, high
@@ -195,7 +198,9 @@ class Point:
     y_interval: tuple | None = None # likewise
 
 # %% ../nbs/34b_show.ipynb #16dca7c1
-def bars(points: list, axis: str) -> list | None: # two lists, below and above
+def bars(points: list,    # `Point`s
+         axis: str        # `x` or `y`
+        ) -> list | None: # two lists, below and above
     "The error bars of some points; None if no point has one"
     middle = [getattr(p, axis) for p in points]
     ends = [getattr(p, f'{axis}_interval') for p in points]
@@ -223,7 +228,10 @@ def draw_points(ax,           # matplotlib axes
 # %% ../nbs/34b_show.ipynb #ef0f53bf
 ALONE = ('large', 'small', 'aligned small')  # groups of one model
 
-def nudge(p: Point, others: list, close: float) -> int: # printer's points
+def nudge(p: Point,     # the point of the name
+          others: list, # all points of the panel
+          close: float  # how near is too near, in units of y
+         ) -> int:      # printer's points
     "How far a name moves where the next one is nearly as high"
     near = [q.y - p.y for q in others if q is not p and abs(q.y - p.y) < close]
     if not near: return 0
@@ -294,7 +302,8 @@ def pictures(panels: list,     # dictionaries, what `draw` takes
         fig.savefig(out, format=form, transparent=True, metadata=date)
     return out.getvalue()
 
-def as_svg(panels: list) -> str: # an SVG element
+def as_svg(panels: list # of `pictures`
+          ) -> str:     # an SVG element
     "`pictures` for a page"
     text = pictures(panels).decode()
     return text[text.index('<svg'):].replace(INK, 'currentColor')

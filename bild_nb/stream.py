@@ -28,6 +28,7 @@ class Stream:
 
     @property
     def trace(self) -> list: # a `Trace` for each row
+        "What happened so far"
         return [run.trace for run in self.batch.runs]
     def output(self) -> Output:
         "What is final now"

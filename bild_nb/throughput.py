@@ -29,7 +29,8 @@ def ours(
         return [row.sequences[0, 1:].tolist() for row in rows], facts
     return run
 
-def longest(traces: list) -> list: # of each turn, in small passes
+def longest(traces: list # one a row, of one batch
+           ) -> list:    # of each turn, in small passes
     "The longest drafts of rows that went in step"
     turns = [' '.join(t.log).split('L') for t in traces]  # 'S1 S1 ', '3 S1 ', …
     drafts = [[part.count('S') for part in row] for row in turns]

@@ -108,7 +108,8 @@ def to_html(self: Trace,
 def _repr_html_(self: Trace) -> str: return trace_html(self)
 
 # %% ../nbs/03_trace.ipynb #8822b69a
-def total(traces: list[Trace]) -> Trace: # without events
+def total(traces: list[Trace] # one a row
+         ) -> Trace:          # without events
     "The counts and times of several rows together"
     names = [f.name for f in fields(Trace) if isinstance(f.default, (int, float))]
     return Trace(**{name: sum(getattr(t, name) for t in traces) for name in names})

@@ -184,8 +184,9 @@ def load_weights(
 # %% ../nbs/20c_trainer.ipynb #78122daa
 def training_settings(
     model, # with its first weights
-    tokenizer,
-    train, valid, # pairs of a `Dataset` with texts and one with ids
+    tokenizer, # of the data
+    train, # pair of a `Dataset` with texts and one with ids
+    valid, # likewise
     **given, # numbers
 )->dict:
     "All that the result depends on"
@@ -302,7 +303,9 @@ def write_model(folder:Folder,         # of the training
     save_half(model, tokenizer, folder.out)
     write_json(folder.result, dict(settings=folder.settings, log=curve(trainer.state)))
 
-def unfinished(folder:Folder, trainer:BudgetTrainer)->list[dict]: # the log so far
+def unfinished(folder:Folder,        # of the training
+               trainer:BudgetTrainer # that stopped
+              )->list[dict]:         # the log so far
     "Say that the clock came first"
     state, epochs = trainer.state, folder.settings['epochs']
     warnings.warn(f'{folder.out}: stopped by the clock after epoch {state.epoch:g} of '

@@ -28,7 +28,8 @@ from .promise import needed, promised, safest_first, text_loss
 from .evaluate import Job, Protocol, evaluate, progress, typical
 
 # %% ../nbs/34_tune.ipynb #80730fed
-def grid(task: Task) -> list: # policies as texts
+def grid(task: Task # a benchmark, or any other
+        ) -> list:  # policies as texts
     "The thresholds that the paper swept for a benchmark, or a wider range"
     summaries = task.metric.startswith('rouge')
     rollbacks = (2, 3, 4, 5, 6) if summaries else (1, 2, 3, 5, 10)
@@ -43,16 +44,21 @@ def gain(row: dict  # of `result_rows`
     return row.get('speedup', row.get('predicted', math.nan))
 
 # %% ../nbs/34_tune.ipynb #d742f7ab
-def better(a: dict, b: dict) -> bool: # result rows
+def better(a: dict,  # a result row
+           b: dict   # another one
+          ) -> bool:
     "Whether `a` is at least as fast and as good as `b`, and one of them more"
     x, y = (gain(a), a['score']), (gain(b), b['score'])
     return x != y and x[0] >= y[0] and x[1] >= y[1]
 
-def front(rows: list) -> list: # of result rows, slowest first
+def front(rows: list # result rows
+         ) -> list:  # of result rows, slowest first
     "The rows to which no other is better"
     return sorted((r for r in rows if not any(better(o, r) for o in rows)), key=gain)
 
-def spread(rows: list, n: int) -> list: # at most `n`
+def spread(rows: list, # sorted ones
+           n: int      # how many stay at most
+          ) -> list:   # at most `n`
     "The first, the last, and between them evenly spaced ones"
     if not rows or not n: return []
     places = {round(k*(len(rows) - 1)/max(n - 1, 1)) for k in range(n)}
@@ -147,7 +153,10 @@ def speeds_of(generate,          # records of a policy on a range of examples
         return predicted_gain([base[i] for i in at], [mine[i] for i in at], times)
     return {c: speed(generate(c, range(n))) for c in candidates}
 
-def drop(metric, base: list, mine: list) -> tuple: # points, (low, high)
+def drop(metric,     # of the scores
+         base: list, # records of one system
+         mine: list  # records of the other
+        ) -> tuple:  # points, (low, high)
     "How much less `mine` scores than `base`"
     stats = [[r['stats'] for r in records] for records in (base, mine)]
     value, (low, high) = difference(metric, *stats, resample(len(base)))
@@ -415,7 +424,9 @@ def tune(task: Task,                       # a benchmark
     return result
 
 # %% ../nbs/34_tune.ipynb #33476148
-def confirm(found: Search, results) -> dict: # of `read_run`
+def confirm(found: Search, # with what was chosen
+            results        # of `read_run`
+           ) -> dict:      # as of a table
     "The result row of what was chosen; its balance is that of the same examples"
     large, mine = (results.records[p] for p in ('large', found.chosen))
     if 'pass_times' in results.info:
