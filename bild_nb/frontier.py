@@ -21,7 +21,7 @@ from .runs import Siblings
 from .tasks import HELP_DE_EN, Rows, decode
 from .metrics import find_metric, score_samples
 from .results import Run, numbered
-from .evaluate import Job, Protocol, progress, typical
+from .evaluate import Job, Protocol, progress
 from .experiments import pack
 from .many import padded
 
@@ -88,8 +88,6 @@ def write_timed(pair, rows: Rows, policies: list, out: Path,
     decoders = {k: BigLittleDecoder(pair.large, pair.small, p) for k, p in todo.items()}
     with run.held():
         job.encode(quiet=True)
-        if 'pass_times' not in run.info:
-            run.note(pass_times=typical(pair, job.ids, job.task.max_target))
         measure(decoders, job.ids[0], job.task.max_target)  # warms up
         for i in sorted(i for k in slices for i in range(k, len(rows), 6)):
             def done(key): return (job.rows.rows[i]['id'], key) in run.records.examples
