@@ -570,7 +570,8 @@ def turns_of(systems: dict # by name; peers are left out
         if not isinstance(system, Loop): continue
         log, new = system.log, system.written
         large, small = ([int(p[1:]) for p in log if p[0] == m] for m in 'LS')
-        found[name] = dict(large=len(large)/new, small=len(small)/new, read=sum(large)/new)
+        counts = dict(large=len(large), small=len(small), read=sum(large))
+        found[name] = {what: n/new for what, n in counts.items()}
     return found
 
 # %% ../nbs/14_bench.ipynb #3db34e36
@@ -717,7 +718,7 @@ def reasons(run: dict,  # of `bench`, or its `run.json`
             name: str,  # of a system of ours
             best: float # speed of the fastest without it
            ) -> tuple:  # what follows a yes, what follows a no, and the rival
-    "Parts of the verdict; empty for a run of an earlier version, which counted no passes"
+    "Parts of the verdict; empty for an earlier version's run, which counted no passes"
     if not run.get('turns'): return '', '', ''
     expected, reason = why(run, name)
     little, of_it = fastest(run, 'small')

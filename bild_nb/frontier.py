@@ -26,11 +26,11 @@ from .experiments import pack
 from .many import padded
 
 # %% ../nbs/60_frontier.ipynb #6c673380
-def texts(job: Job,
-          policy,       # or its text
-          at: list,     # numbers of examples
-          batch: int = 32
-         ) -> list:     # a text and its `Trace` for each of `at`
+def texts(job: Job,        # with `ids`, see `Job.encode`
+          policy,          # or its text
+          at: list,        # numbers of examples
+          batch: int = 32  # texts at once
+         ) -> list:        # a text and its `Trace` for each of `at`
     "Write some texts of a job, those of like length together"
     decoder = BigLittleDecoder(job.pair.large, job.pair.small, policy)
     pad = job.pair.tokenizer.pad_token_id or 0
@@ -44,7 +44,12 @@ def texts(job: Job,
     return [found[i] for i in at]
 
 # %% ../nbs/60_frontier.ipynb #8682ae96
-def slim(job: Job, i: int, policy, made: tuple, goal: str) -> dict:
+def slim(job: Job,    # for its rows and its metric
+         i: int,      # number of the example
+         policy,      # a `Policy`
+         made: tuple, # a text and its `Trace`
+         goal: str    # the large model's text
+        ) -> dict:    # of what JSON can hold
     "A record without its text: what it scores, against the reference and `goal`"
     (text, trace), row, stats = made, job.rows.rows[i], job.metric.stats
     return dict(id=row['id'], policy=str(policy), key=policy.key,
@@ -52,9 +57,12 @@ def slim(job: Job, i: int, policy, made: tuple, goal: str) -> dict:
                 same=text == goal, new=trace.new_tokens, passes=trace.passes)
 
 # %% ../nbs/60_frontier.ipynb #f2b5393a
-def write(pair, rows: Rows, policies: list, out: Path,
+def write(pair,                # of models, see `open_pair`
+          rows: Rows,          # of the task
+          policies: list,      # policies or their texts
+          out: Path,           # the run folder
           kind: str = 'other', # of the small model
-          task=HELP_DE_EN,
+          task=HELP_DE_EN,     # how long a text may be, and its metric
           slices=range(6)      # which sixths of the rows
          ):
     "Add the records of policies to a run folder, a sixth of the rows after the other"
@@ -69,8 +77,8 @@ def _slice(job, run, bar, policies, at):
     "The part of `write` that does some of the rows"
     goals = None
     for policy in map(as_policy, policies):
-        def lacks(i): return (job.rows.rows[i]['id'], policy.key) not in run.records.examples
-        todo = [i for i in at if lacks(i)]
+        def done(i): return (job.rows.rows[i]['id'], policy.key) in run.records.examples
+        todo = [i for i in at if not done(i)]
         if not todo: continue
         goals = goals or dict(zip(at, [text for text, _ in texts(job, 'large', at)]))
         for i, made in zip(todo, texts(job, policy, todo)):
@@ -78,9 +86,13 @@ def _slice(job, run, bar, policies, at):
             bar.update()
 
 # %% ../nbs/60_frontier.ipynb #63c28d7c
-def write_timed(pair, rows: Rows, policies: list, out: Path,
+def write_timed(pair,                # of models, see `open_pair`
+                rows: Rows,          # of the shipped task, or like them
+                policies: list,      # policies or their texts
+                out: Path,           # the run folder
                 kind: str = 'other', # of the small model
-                slices=range(1)):
+                slices=range(1)      # which sixths of the rows
+               ):
     "`write`, one text at a time and by the clock; the large model alone is one of them"
     job = Job(HELP_DE_EN, pair, rows, Protocol(timing=False, predict=False), kind)
     run = Run(out, job.identity({}), None, Siblings(cpu=True))
@@ -100,15 +112,16 @@ def _timed(job, run, decoders, new, i):
     found = measure(decoders, job.ids[i], job.task.max_target, first=i)
     made = {k: (decode(job.pair.tokenizer, f['tokens']), f['trace'])
             for k, f in found.items()}
-    goal, *_ = made.values()
+    goal, _ = made[as_policy('large').key]
     for k, policy in new.items():
         more = dict(ms=round(found[k]['ms'][0], 3))
-        run.records.append([slim(job, i, policy, made[k], goal[0]) | more])
+        run.records.append([slim(job, i, policy, made[k], goal) | more])
 
 # %% ../nbs/60_frontier.ipynb #7ea191af
 APT = '/usr/lib/apt/apt-helper'
 
-def fetch_descriptions(folder: Path):
+def fetch_descriptions(folder: Path # gets `lists` and `cache`
+                      ):
     "Let `apt` fetch the package descriptions of this Debian into a folder of their own"
     where = dict(Lists=folder/'lists', Cache=folder/'cache')
     for path in where.values(): (path/'partial').mkdir(parents=True, exist_ok=True)
@@ -117,7 +130,9 @@ def fetch_descriptions(folder: Path):
     words = [word for option in options for word in ('-o', option)]
     subprocess.run(['apt-get', 'update', '-qq', *words], check=True)
 
-def descriptions(folder: Path, language: str) -> dict: # md5 of the English -> text
+def descriptions(folder: Path, # of `fetch_descriptions`
+                 language: str # `de` or `en`
+                ) -> dict:     # md5 of the English -> list of paragraphs
     "The descriptions in one language"
     found = {}
     for file in sorted((folder/'lists').glob(f'*_i18n_Translation-{language}*')):
@@ -126,7 +141,9 @@ def descriptions(folder: Path, language: str) -> dict: # md5 of the English -> t
     return found
 
 # %% ../nbs/60_frontier.ipynb #5a5e9fd1
-def parsed(text: str, language: str) -> dict: # md5 -> list of paragraphs
+def parsed(text: str,    # of a file
+           language: str # its two letters
+          ) -> dict:     # md5 of the English -> list of paragraphs
     "What a `Translation` file of Debian says"
     found = {}
     for stanza in text.split('\n\n'):
@@ -139,7 +156,10 @@ def parsed(text: str, language: str) -> dict: # md5 -> list of paragraphs
         found[md5[1]] = [p for p in parts if p]
     return found
 
-def paired(german: dict, english: dict, n: int) -> Rows:
+def paired(german: dict,  # of `descriptions`
+           english: dict, # likewise
+           n: int         # at most
+          ) -> Rows:
     "`n` German paragraphs, each with its first English, by the hash of the German"
     from hashlib import md5
     pairs = {}
@@ -147,7 +167,8 @@ def paired(german: dict, english: dict, n: int) -> Rows:
         a, b = german[key], english[key]
         if len(a) != len(b): continue
         for k, (source, reference) in enumerate(zip(a, b)):
-            if source != reference: pairs.setdefault(source, (f'{key[:8]}-{k}', reference))
+            if source == reference: continue
+            pairs.setdefault(source, (f'{key[:8]}-{k}', reference))
     first = sorted(pairs, key=lambda source: md5(source.encode()).hexdigest())[:n]
     rows = [dict(id=pairs[s][0], source=s, reference=pairs[s][1]) for s in first]
     return Rows(rows, 'Debian package descriptions', {})
@@ -155,7 +176,7 @@ def paired(german: dict, english: dict, n: int) -> Rows:
 # %% ../nbs/60_frontier.ipynb #b213fbe3
 @dataclass(frozen=True)
 class Gap(Budget):
-    "Keep the longest part of a draft that gives away no more than `B` nats"
+    "Keep the longest part of a draft that gives away no more than `B` nats (our own)"
     def judge(self, large, small, draft, state, draws=None):
         fresh = torch.zeros_like(state)
         return super().judge(large, small, draft, fresh, draws)
@@ -170,7 +191,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Worth(Limits, DraftRule):
-    "Draft while a token is expected to be worth its time"
+    "Draft while a token is expected to be worth its time (our own)"
     care: float # 1 for speed alone, more for more of the large model
     step: float # time of a drafted token, in large passes
     low, reads_logits = dict(care=0, step=0), False
@@ -186,7 +207,7 @@ class Worth(Limits, DraftRule):
 @dataclass
 class System:
     "What a policy did with some texts: an array of each, a row a text"
-    name: str
+    name: str         # of the policy
     ms: np.ndarray    # by the cost model
     clock: np.ndarray # ms that were measured; NaN where they were not
     large: np.ndarray # large passes
@@ -195,7 +216,8 @@ class System:
     like: np.ndarray  # and against the large model's text
     same: np.ndarray  # whether it is that text
 
-def system(records: list, times: dict # of `typical`
+def system(records: list, # of `slim`, of one policy
+           times: dict    # of `typical`
           ) -> System:
     "The arrays of some records"
     traces, times = [Trace(log=r['passes'].split()) for r in records], numbered(times)
@@ -207,11 +229,16 @@ def system(records: list, times: dict # of `typical`
                   *map(column, ('new', 'stats', 'like', 'same')))
 
 # %% ../nbs/60_frontier.ipynb #3046e8b2
-def draws(n: int, W) -> np.ndarray: # (1 + draws, n)
+def draws(n: int,         # texts
+          W               # (draws, n) of `resample`
+         ) -> np.ndarray: # (1 + draws, n)
     "The texts as they are, then the draws of a bootstrap"
     return np.vstack([np.ones(n, np.float32), W])
 
-def values(s: System, what: str, W) -> np.ndarray: # (1 + draws,)
+def values(s: System,      # of n texts
+           what: str,      # a name, see below
+           W               # (1 + draws, n) of `draws`
+          ) -> np.ndarray: # (1 + draws,)
     "`ms`, `clock`, `same` a text, `passes` a token, or BLEU: `agreement`, `score`"
     if what in ('ms', 'clock', 'same'): return W @ getattr(s, what)/W.sum(-1)
     if what == 'passes': return W @ s.large/(W @ s.new)
@@ -236,10 +263,16 @@ def hull(points: list # (x, y) pairs
     return on
 
 # %% ../nbs/60_frontier.ipynb #d575719d
-def beyond(mine: System, envelope: list, what: str, W, x: str = 'ms') -> np.ndarray:
+def beyond(mine: System,   # on the same texts as
+           envelope: list, # `System`s, in any order
+           what: str,      # of `values`
+           W,              # of `draws`
+           x: str = 'ms'   # of `values`: at equal what
+          ) -> np.ndarray: # (1 + draws,)
     "How far `what` of a system lies above the envelope at its own `x`; NaN left of it"
     at, own = values(mine, x, W), values(mine, what, W)
-    xs, ys = (np.stack([values(s, name, W) for s in envelope], -1) for name in (x, what))
+    def column(name): return np.stack([values(s, name, W) for s in envelope], -1)
+    xs, ys = column(x), column(what)
     order = np.argsort(xs, -1)
     xs, ys = (np.take_along_axis(a, order, -1) for a in (xs, ys))
     line = [np.interp(*row, left=np.nan) for row in zip(at, xs, ys)]

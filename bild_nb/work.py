@@ -27,9 +27,9 @@ class Shape:
     d: int     # d_model
     inner: int # heads times size of a head
     ff: int    # numbers of a feed-forward block: matrices times d_ff
-    encoder_layers: int
-    decoder_layers: int
-    vocab: int
+    encoder_layers: int # blocks
+    decoder_layers: int # likewise
+    vocab: int # rows of the output matrix
 
 def shape_of(config # of a T5 or mT5
             ) -> Shape:
@@ -39,14 +39,21 @@ def shape_of(config # of a T5 or mT5
                  c.num_layers, c.num_decoder_layers, c.vocab_size)
 
 # %% ../nbs/13b_work.ipynb #84d8349f
-def encoder_work(s: Shape, source: int) -> Work:
+def encoder_work(s: Shape,   # of the model
+                 source: int # tokens
+                ) -> Work:
     "A source of so many tokens, with its keys and values for the decoder"
     layer = 4*s.d*s.inner + s.d*s.ff
     weights = s.encoder_layers*layer + s.decoder_layers*2*s.d*s.inner
     attention = s.encoder_layers*4*s.inner*source**2
     return Work(2*weights*source + attention, weights, 0)
 
-def read_work(s: Shape, k: int, at: int, source: int, rows: int = 1) -> Work:
+def read_work(s: Shape,     # of the model
+              k: int,       # tokens that are read
+              at: int,      # tokens before them
+              source: int,  # tokens
+              rows: int = 1 # texts
+             ) -> Work:
     "A decoder pass over `k` tokens after `at` others, of each of `rows` texts"
     layer = 6*s.d*s.inner + s.d*s.ff  # self 4, cross 2: its keys and values are there
     weights = s.decoder_layers*layer + s.d*s.vocab
@@ -60,8 +67,11 @@ class Machine(NamedTuple):
     gb: float     # GB read from memory
     gflop: float  # of products
 
-def arithmetic(int8: bool = False, rows: int = 512, repeats: int = 9) -> float:
-    "GFLOP/s of torch's products, with its current number of threads; the fastest counts"
+def arithmetic(int8: bool = False, # or fp32
+               rows: int = 512,    # of the product
+               repeats: int = 9    # the fastest counts
+              ) -> float:          # GFLOP/s
+    "How fast torch multiplies, with its current number of threads"
     n, x = 1024, torch.randn(rows, 1024)
     layer = nn.Linear(n, n, bias=False)
     if int8:
@@ -72,10 +82,13 @@ def arithmetic(int8: bool = False, rows: int = 512, repeats: int = 9) -> float:
         started = time.perf_counter()
         layer(x)
         return time.perf_counter() - started
-    with torch.inference_mode(): return 2e-9*rows*n*n/min(seconds() for _ in range(repeats))
+    with torch.inference_mode(): best = min(seconds() for _ in range(repeats))
+    return 2e-9*rows*n*n/best
 
-def limits(work: Work, machine: Machine, size: float # bytes a weight
-          ) -> tuple: # ms that memory needs, ms that the arithmetic needs
+def limits(work: Work,       # of a pass
+           machine: Machine, # that makes it
+           size: float       # bytes a weight
+          ) -> tuple:        # ms that memory needs, ms that the arithmetic needs
     "The least time of a pass, by either limit; keys and values are fp32"
     fetched = work.weights*size + 4*work.cache
     return fetched/machine.gb/1e6, work.flops/machine.gflop/1e6
