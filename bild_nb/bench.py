@@ -279,10 +279,12 @@ class Loop:
     new: int # most tokens of a text
     log: list = field(default_factory=list) # the passes of all texts so far
     written: int = 0                        # and their tokens
+    texts: int = 0                          # and how many they are
     def __call__(self, source: Tensor) -> list[int]:
         out = self.decoder.generate(source, max_new_tokens=self.new, trace=False)
         self.log += out.trace[0].log
         self.written += out.trace[0].new_tokens
+        self.texts += 1
         return out.sequences[0].tolist()[1:]
 
 def hf(large,        # a model of transformers
@@ -563,14 +565,15 @@ def overheads(systems: dict, # by name; only those named BiLD are looked at
 
 # %% ../nbs/14_bench.ipynb #b3288fc3
 def turns_of(systems: dict # by name; peers are left out
-            ) -> dict:     # name -> `large`, `small` passes and `read` a token
-    "What our loops did, for each token that they wrote"
+            ) -> dict:     # by name: what follows, for each token that was written
+    "`large` and `small` passes, tokens `read` by the large model, and `texts`"
     found = {}
     for name, system in systems.items():
         if not isinstance(system, Loop): continue
         log, new = system.log, system.written
         large, small = ([int(p[1:]) for p in log if p[0] == m] for m in 'LS')
-        counts = dict(large=len(large), small=len(small), read=sum(large))
+        counts = dict(large=len(large), small=len(small), read=sum(large),
+                      texts=system.texts)
         found[name] = {what: n/new for what, n in counts.items()}
     return found
 
@@ -695,17 +698,20 @@ def bench_table(run: dict # of `bench`, or its `run.json`
 def why(run: dict, # of `bench`, or its `run.json`
         name: str  # of a system of ours
        ) -> tuple: # the speed-up that its passes let expect, and a reason
-    "How fast a system of ours should be beside the large model alone, encoders apart"
+    "How fast a system of ours should be beside the large model alone"
     backend = name.split(', ')[1]
     small = 'int8' if name.endswith('small int8') else backend
     row = {(p['model'], p['backend']): p for p in run['passes']}
     big, little = row['large', backend], row['small', small]
-    turns, step = run['turns'][name], little['read_1_ms']/big['read_1_ms']
+    turns, step = run['turns'][name], big['read_1_ms']
     sizes = {k: big[f'read_{k}_ms'] for k in KS}
-    v = interpolate(sizes, turns['read']/turns['large'])/big['read_1_ms']
-    reason = (f'a small step costs {step:.2f} of a large one, '
+    verify = interpolate(sizes, turns['read']/turns['large'])
+    alone = big['prefill_ms']*turns['texts']
+    ours = (big['prefill_ms'] + little['prefill_ms'])*turns['texts']
+    ours += verify*turns['large'] + little['read_1_ms']*turns['small']
+    reason = (f'a small step costs {little["read_1_ms"]/step:.2f} of a large one, '
               f'{turns["large"]:.2f} large passes a token')
-    return 1/(v*turns['large'] + step*turns['small']), reason
+    return (alone + step)/ours, reason
 
 def fastest(run: dict,  # of `bench`, or its `run.json`
             *begin: str # of names, e.g. `BiLD`
