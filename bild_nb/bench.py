@@ -450,7 +450,7 @@ def loops(large,        # a model of transformers
           bild: Policy, # policy of the systems named BiLD
           kinds: tuple  # out of `MAKE`
          ) -> dict:
-    "Our own systems by name: the large model alone and BiLD on each backend"
+    "Our own systems by name: either model alone, and BiLD, on each backend"
     larges, smalls = backends(large, kinds), backends(small, kinds)
     made = {}
     def add(name, models, policy):
