@@ -7,13 +7,13 @@ __all__ = ['SHAPES', 'BYTES', 'KS', 'KINDS', 'MAKE', 'RECORDED', 'shape_model', 
            'step_weights', 'bandwidth', 'memory_speed', 'backends', 'pass_row', 'pass_rows', 'Recorded', 'Place',
            'Replay', 'replayed', 'recorded', 'endless', 'Loop', 'hf', 'greedy_settings', 'static_cache', 'hf_static',
            'convert', 'ct2', 'race', 'Standing', 'standings', 'translators', 'loops', 'systems', 'cpu_name', 'hardware',
-           'bench_sources', 'quiet', 'both_passes', 'overheads', 'tried', 'bench', 'check_bench', 'write_run',
-           'bench_table', 'fastest', 'verdict', 'bench_picture']
+           'bench_sources', 'quiet', 'both_passes', 'overheads', 'turns_of', 'tried', 'bench', 'check_bench',
+           'write_run', 'bench_table', 'why', 'fastest', 'reasons', 'verdict', 'bench_picture']
 
 # %% ../nbs/14_bench.ipynb #1d5984e6
 import copy, gc, inspect, json, math, os, platform, tempfile, time, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,7 @@ from .policy import AcceptRule, DraftRule, Policy, Verdict, as_policy
 from .decoder import Decoder, Model
 from .decode import BigLittleDecoder, check_pair
 from .pair import SHIPPED, decoder_for, first_line, load_model
-from .cost import interleaved, outside, pass_times
+from .cost import interleaved, interpolate, outside, pass_times
 from .safe import read_json, replace_file, write_json
 
 # %% ../nbs/14_bench.ipynb #6a722771
@@ -282,8 +282,14 @@ class Loop:
     "Our loop as a system"
     decoder: BigLittleDecoder # the pair and its policy
     new: int # most tokens of a text
+    log: list = field(default_factory=list) # the passes of all texts so far
+    written: int = 0                        # and their tokens
+    texts: int = 0                          # and how many they are
     def __call__(self, source: Tensor) -> list[int]:
         out = self.decoder.generate(source, max_new_tokens=self.new, trace=False)
+        self.log += out.trace[0].log
+        self.written += out.trace[0].new_tokens
+        self.texts += 1
         return out.sequences[0].tolist()[1:]
 
 def hf(large,        # a model of transformers
@@ -449,7 +455,7 @@ def loops(large,        # a model of transformers
           bild: Policy, # policy of the systems named BiLD
           kinds: tuple  # out of `MAKE`
          ) -> dict:
-    "Our own systems by name: the large model alone and BiLD on each backend"
+    "Our own systems by name: either model alone, and BiLD, on each backend"
     larges, smalls = backends(large, kinds), backends(small, kinds)
     made = {}
     def add(name, models, policy):
@@ -458,6 +464,7 @@ def loops(large,        # a model of transformers
         pair = larges[kind], smalls[kind]
         add(f'large, {kind}', pair, Policy.large())
         add(f'BiLD, {kind}', pair, bild)
+        add(f'small, {kind}', pair, Policy.small())
         if kind != 'plain': add(f'lossless, {kind}', pair, Policy.lossless(.5))
     if 'int8' in kinds:
         add('BiLD, fp32, small int8', (larges['fp32'], smalls['int8']), bild)
@@ -561,6 +568,20 @@ def overheads(systems: dict, # by name; only those named BiLD are looked at
     return {name: median(share(system) for _ in range(repeats))
             for name, system in systems.items() if name.startswith('BiLD')}
 
+# %% ../nbs/14_bench.ipynb #b3288fc3
+def turns_of(systems: dict # by name; peers are left out
+            ) -> dict:     # by name: what follows, for each token that was written
+    "`large` and `small` passes, tokens `read` by the large model, and `texts`"
+    found = {}
+    for name, system in systems.items():
+        if not isinstance(system, Loop): continue
+        log, new = system.log, system.written
+        large, small = ([int(p[1:]) for p in log if p[0] == m] for m in 'LS')
+        counts = dict(large=len(large), small=len(small), read=sum(large),
+                      texts=system.texts)
+        found[name] = {what: n/new for what, n in counts.items()}
+    return found
+
 # %% ../nbs/14_bench.ipynb #3db34e36
 def tried(systems: dict,  # by name
           source: Tensor, # (1, length) int64
@@ -615,7 +636,7 @@ def bench(large: str = 'shipped', # a name in `SHAPES`, a folder, a hub id or `s
         rows = race(compared, sources, repeats)
         lost = overheads(compared, sources, new, repeats) if device == 'cpu' else {}
     run['systems'] = standings(rows, f'large, {kinds[1]}')
-    run |= dict(outside=lost, notes=notes)
+    run |= dict(outside=lost, notes=notes, turns=turns_of(compared))
     if out: write_run(Path(out), run, rows)
     return run
 
@@ -679,6 +700,24 @@ def bench_table(run: dict # of `bench`, or its `run.json`
     return '\n'.join([*lines, *run['notes'], verdict(run)])
 
 # %% ../nbs/14_bench.ipynb #ca03f8c9
+def why(run: dict, # of `bench`, or its `run.json`
+        name: str  # of a system of ours
+       ) -> tuple: # the speed-up that its passes let expect, and a reason
+    "How fast a system of ours should be beside the large model alone"
+    backend = name.split(', ')[1]
+    small = 'int8' if name.endswith('small int8') else backend
+    row = {(p['model'], p['backend']): p for p in run['passes']}
+    big, little = row['large', backend], row['small', small]
+    turns, step = run['turns'][name], big['read_1_ms']
+    sizes = {k: big[f'read_{k}_ms'] for k in KS}
+    verify = interpolate(sizes, turns['read']/turns['large'])
+    alone = big['prefill_ms']*turns['texts']
+    ours = (big['prefill_ms'] + little['prefill_ms'])*turns['texts']
+    ours += verify*turns['large'] + little['read_1_ms']*turns['small']
+    reason = (f'a small step costs {little["read_1_ms"]/step:.2f} of a large one, '
+              f'{turns["large"]:.2f} large passes a token')
+    return (alone + step)/ours, reason
+
 def fastest(run: dict,  # of `bench`, or its `run.json`
             *begin: str # of names, e.g. `BiLD`
            ) -> tuple:  # its name, its `Standing`
@@ -686,24 +725,37 @@ def fastest(run: dict,  # of `bench`, or its `run.json`
     found = [(name, s) for name, s in run['systems'].items() if name.startswith(begin)]
     return max(found, key=lambda x: x[1]['speed'])
 
+def reasons(run: dict,  # of `bench`, or its `run.json`
+            name: str,  # of a system of ours
+            best: float # speed of the fastest without it
+           ) -> tuple:  # what follows a yes, what follows a no, and the rival
+    "Parts of the verdict; empty for an earlier version's run, which counted no passes"
+    if not run.get('turns'): return '', '', ''
+    expected, reason = why(run, name)
+    little, of_it = fastest(run, 'small')
+    word = 'because' if expected < 1 else 'although'
+    return (f'; {expected:.2f} × expected: {reason}',
+            f', {word} {reason} ({expected:.2f} × expected)',
+            f' {little} alone is {of_it["speed"]/best:.1f} times as fast: '
+            'take it if its text will do (bild eval).')
+
+# %% ../nbs/14_bench.ipynb #f995de22
 def verdict(run: dict # of `bench`, or its `run.json`
            ) -> str:
-    "Whether BiLD pays here, in a sentence"
+    "Whether BiLD pays here, why, and what the small model alone would do"
     bild, ours = fastest(run, 'BiLD')
     alone, best = fastest(run, 'large', 'transformers large', 'CTranslate2 large')
     least, most = ours['least']/best['most'], ours['most']/best['least']
     known = 'at the recorded turns, ' if run['forced'] else ''
     said = (f'{known}{bild} is {ours["speed"]/best["speed"]:.2f} times '
             f'({least:.2f} to {most:.2f}) as fast as {alone}, the fastest without it')
-    if least > 1: return f'Verdict: BiLD pays here: {said}.'
-    fast = [p for p in run['passes'] if p['backend'] != 'plain']
-    step = {p['model']: p['read_1_ms'] for p in fast}
+    yes, no, rival = reasons(run, bild, best['speed'])
+    if least > 1: return f'Verdict: BiLD pays here: {said}{yes}.{rival}'
     if most < 1:
-        return (f'Verdict: BiLD does not pay here: {said}. A step of the small model '
-                f'takes {step["small"]/step["large"]:.2f} of one of the large: it must '
-                'be cheaper, or agree more often (bild align).')
-    return (f'Verdict: open: {said}. Measure longer, with --examples and --repeats, on '
-            'a quiet machine.')
+        return (f'Verdict: BiLD will not pay here{no}: {said}. The small step must be '
+                f'cheaper, or the models agree more often (bild align).{rival}')
+    return (f'Verdict: open: {said}{yes}. Measure longer, with --examples and '
+            f'--repeats, on a quiet machine.{rival}')
 
 # %% ../nbs/14_bench.ipynb #70dc526e
 def bench_picture(run: dict, # of `bench`, or its `run.json`
