@@ -247,7 +247,6 @@ class CausalEngine(Engine):
     "A model of the Llama family on a static cache and packed weights: a snapshot"
     why_not, describe = staticmethod(undescribed), staticmethod(llama_family)
     read_settings = Causal.read_settings
-    def why_apart(self): return None  # each row has a scale of its own, in int8, too
     def __init__(self,
                  model,             # of one of `CLASSES`, in fp32 on a CPU
                  tokenizer=None,    # shows texts in traces
@@ -258,7 +257,7 @@ class CausalEngine(Engine):
 
 # %% ../nbs/10b_causal_engine.ipynb #bd1d5ba8
 def each_row(product # a function from (m, in) to (m, out), as of `linear8`
-            ):       # likewise; so a row's result does not depend on others
+            ):       # likewise
     "`product` of int8 weights, with each row of its input at a scale of its own"
     def scaled(x):
         most = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)

@@ -845,7 +845,7 @@ def propose(self: Engine,
 @patch
 def why_apart(self: Engine) -> str | None: # a part of a sentence
     "Why this model reads one text at a time, or None"
-    if self.int8: return 'its int8 products have one scale for all rows'
+    if self.int8: return 'its int8 products have one range for all rows'
 
 @patch(as_prop=True)
 def rows(self: Engine) -> bool: return self.why_apart() is None
