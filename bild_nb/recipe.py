@@ -23,7 +23,7 @@ from .shared import reads
 from .runs import Siblings
 from .safe import SEAL, last_checkpoint, read_json, seal, whole, write_json
 from .seq2seq import adafactor
-from .trainer import Bar, BudgetTrainer
+from .trainer import Arguments, Bar, BudgetTrainer
 from .objectives import OBJECTIVES, agreement, common, likeliest, own_drafts
 
 # %% ../nbs/23b_recipe.ipynb #17452ce6
@@ -172,7 +172,7 @@ def align_arguments(
     names = 'activation_checkpointing', 'gradient_checkpointing'
     name = next(n for n in names if hasattr(Seq2SeqTrainingArguments, n))
     more = {name: True} if r.checkpointing else {}
-    return Seq2SeqTrainingArguments(
+    return Arguments(
         str(folder), max_steps=steps, learning_rate=lr, lr_scheduler_type=r.schedule,
         warmup_steps=r.warmup, optim='adafactor', max_grad_norm=r.clip, seed=r.seed,
         per_device_train_batch_size=r.batch or 16, per_device_eval_batch_size=32,
