@@ -108,8 +108,9 @@ def parameters(made # a function or class of the package
 def own_methods(cls # a class of the package
                ):
     "The public functions in the body of a class that are described there"
-    body = ast.parse(dedent(inspect.getsource(cls))).body[0].body
-    for node in body:
+    try: source = dedent(inspect.getsource(cls))
+    except OSError: return  # no module has this class of a page
+    for node in ast.parse(source).body[0].body:
         if not isinstance(node, ast.FunctionDef) or node.name.startswith('_'): continue
         found = getattr(cls, node.name)
         found = getattr(found, 'fget', found)
