@@ -848,7 +848,9 @@ def why_apart(self: Engine) -> str | None: # a part of a sentence
     if self.int8: return 'its int8 products have one range for all rows'
 
 @patch(as_prop=True)
-def rows(self: Engine) -> bool: return self.why_apart() is None
+def rows(self: Engine) -> bool:
+    "Whether a pass may serve several texts"
+    return self.why_apart() is None
 
 @patch
 def _together(self: Engine, caches: list, new: list, at: list, last: list) -> Tensor:

@@ -65,6 +65,7 @@ class Arguments(Seq2SeqTrainingArguments):
     "transformers' own, with a place that checkpoints can be read to"
     @property
     def device(self):
+        "Where this process computes"
         found = super().device  # of several processes `cpu:0`, unknown to `torch.load`
         return torch.device('cpu') if found.type == 'cpu' else found
 
