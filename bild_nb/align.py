@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from .batches import TokenBatches
 from .policy import NLL, Greedy, Policy
-from .shared import fit_projection, share_encoder
+from .shared import borrows, fit_projection, share_encoder
 from .decoder import Decoder
 from .decode import check_pair
 from .seq2seq import cheap_dropout
@@ -408,6 +408,9 @@ def borrower(small,     # of transformers; the new model has its decoder
     a `ValueError` without a `large`, or unless both are T5 or mT5"""
     if large is None:
         raise ValueError("an encoder is shared with the large model: name it (--large)")
+    if borrows(small):
+        raise ValueError('the small model reads its large one: it has no encoder of its '
+                         'own that could be left out')
     large.eval()
     new = share_encoder(small, large)
     if new.encoder.projection is None: return new

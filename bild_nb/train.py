@@ -11,14 +11,16 @@ __all__ = ['SIZES', 'LEAST', 'WORK', 'RESULT', 'LONGEST', 'suggest', 'check_pair
 import math, random, shutil, sys, time
 from pathlib import Path
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer
 from .batches import check_rows
 from .cost import mean_length, pair_times
 from .corpus import key, train_tokenizer
-from .pair import load_model, load_pair
+from .pair import load_pair
 from .runs import Folder, Siblings
 from .safe import digest, read_json, replace_file, write_json
 from .seq2seq import new_t5, take_layers
+from .shared import share_encoder
 from .trainer import train_seq2seq
 
 # %% ../nbs/21_train.ipynb #45afb540
@@ -111,10 +113,11 @@ def new_large(tokenizer, # of both models
 
 def new_small(
     large,    # trained; its first decoder layer is taken, and all of its encoder
-    size:dict # as `suggest` gives it
+    size:dict # as `suggest` gives it; with `share_encoder` there is no second encoder
 ):            # model, arguments of `train_seq2seq`
     "The small model before training: one decoder layer of the large one"
     model = take_layers(large, [0])
+    if size.get('share_encoder'): model = share_encoder(model, large.eval())
     return ready(model), schedule(math.ceil(size['epochs']/3), lr=5e-3, warmup=50)
 
 def schedule(epochs:float, # at most
@@ -160,7 +163,8 @@ def report_model(
     judged = [r for r in made['log'] if 'eval_bleu' in r]
     best = max(judged, key=lambda r: r['eval_bleu'])
     train = made['settings']['train']
-    parameters = load_model(str(folder), 'large', 'cpu')[0].num_parameters()
+    with safe_open(folder/'model.safetensors', 'pt') as file:  # each weight once
+        parameters = sum(math.prod(file.get_slice(k).get_shape()) for k in file.keys())
     return dict(parameters=parameters, bleu=best['eval_bleu'], best_epoch=best['epoch'],
                 too_long=train['pairs'] - train['used'], log=made['log'])
 
@@ -233,9 +237,11 @@ def train_pair(
     seed:int=0, # of what is held out, first weights, order and dropout
     restart:bool=False, # throw away what is there
     progress:bool=True, # say on stderr what is done and how long it takes
+    share_encoder:bool=False, # let the small model read the large one's encoder
 )->dict: # what is in `training.json`; without `finished`, `stage` says where it stopped
     "Train a tokenizer, a large model and a small one; the same call goes on"
     train, valid, numbers = pair_plan(rows, valid, size, epochs, vocab, seed)
+    if share_encoder: numbers['share_encoder'] = True
     settings = dict(numbers, seed=seed, train=counted(train),
                     valid=counted(valid))
     folder = Folder(out, settings, WORK, RESULT, Siblings(), restart)
