@@ -409,8 +409,8 @@ def borrower(small,     # of transformers; the new model has its decoder
     if large is None:
         raise ValueError("an encoder is shared with the large model: name it (--large)")
     if borrows(small):
-        raise ValueError('the small model reads its large one: it has no encoder of its '
-                         'own that could be left out')
+        raise ValueError('the small model reads its large one already: it has no '
+                         'encoder of its own that could be left out')
     large.eval()
     new = share_encoder(small, large)
     if new.encoder.projection is None: return new

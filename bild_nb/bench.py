@@ -296,9 +296,10 @@ class Loop:
     @property
     def held(self) -> int: # bytes
         "The memory of the weights of those models that it uses"
-        d, p = self.decoder, self.decoder.policy
-        used = [m for m, uses in ((d.large, p.uses_large), (d.small, p.uses_small)) if uses]
-        return sum({at: n for m in used for at, n in packed_or_whole(m).items()}.values())
+        d, p, found = self.decoder, self.decoder.policy, {}
+        if p.uses_large: found |= packed_or_whole(d.large)
+        if p.uses_small: found |= packed_or_whole(d.small)
+        return sum(found.values())
 
 def packed_or_whole(model: Model # on any backend
                    ) -> dict:    # address to bytes
@@ -309,7 +310,8 @@ def packed_or_whole(model: Model # on any backend
 def weights_of(*models # of transformers
               ) -> int: # bytes
     "The memory of their weights, of each once"
-    return sum({p.data_ptr(): p.nbytes for m in models for p in m.parameters()}.values())
+    found = {p.data_ptr(): p.nbytes for m in models for p in m.parameters()}
+    return sum(found.values())
 
 def hf(large,        # a model of transformers
        new: int,     # most tokens of a text
@@ -420,7 +422,8 @@ def ct2_held(folder: Path, # that `convert` wrote
             ) -> int:      # bytes
     "By how much another process grows that loads the model"
     command = [sys.executable, '-c', LOAD, str(folder/'ct2'), compute]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(said.stdout)
 
 # %% ../nbs/14_bench.ipynb #94a314a2
 def race(systems: dict,   # name to function of a source
@@ -717,7 +720,8 @@ def _system_lines(run: dict) -> list[str]:
     alone = [name for name in run['systems'] if name.startswith('large')]
     base = next(name for name in alone if 'plain' not in name)
     head = f'{"system":30}{"ms a token":>12}{"x " + base:>15}'
-    lines, held = [f'{head}{"spread":>15}{"same text":>11}{"MB":>8}'], run.get('held', {})
+    lines = [f'{head}{"spread":>15}{"same text":>11}{"MB":>8}']
+    held = run.get('held', {})
     for name, s in run['systems'].items():
         follows = run['forced'] and name.startswith('BiLD')
         same = 'recorded' if follows else f'{s["same"]:.0%}'

@@ -40,8 +40,8 @@ def loaded(
 Valid = option(str, 'D', 'another such set, to judge by', 'a part is held out')
 Size = option(str, 'S', 'of the models: xs, s, m, l or xl', 'by the number of pairs')
 Hours = option(float, 'H', 'hours; stop before, at the end of an epoch', 'no limit')
-Shares = flag('--share-encoder', "the small model reads the large one's encoder and has "
-              'none of its own')
+Shares = flag('--share-encoder', "the small model reads the large one's encoder, "
+              'without one of its own')
 
 @command('bild train texts.tsv --out runs/mine')
 def train(
@@ -363,7 +363,8 @@ def align(
     given = dict(prefix=prefix, max_source=max_source, max_target=max_target)
     result = run(model, tokenizer, pairs, out, listener, how, objective, on_policy,
                  temperature, top, rule, held, examples, **lengths(given, made, chosen),
-                 names=names, share=share_encoder, half=stored_half(small), restart=restart)
+                 names=names, share=share_encoder, half=stored_half(small),
+                 restart=restart)
     if not state.is_main_process: return
     data = dict(out=str(out), left_out=left_out, **result)
     answer(data, aligned_text(out, result), as_json)
