@@ -285,6 +285,7 @@ def lengths_picture(rows: list # of `lengths_rows`
                    ):          # a figure
     "A source and a step by the source's length, a step by the text's: model by model"
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
     models, kinds = (list(dict.fromkeys(r[x] for r in rows)) for x in ('model', 'kind'))
     first = {x: min(r[x] for r in rows) for x in ('source', 'text')}
     panels = [('prefill', 'source', 'text'), ('step', 'source', 'text'),
@@ -302,5 +303,11 @@ def lengths_picture(rows: list # of `lengths_rows`
                     ax.plot(at, [r[f'{what}_limit'] for r in of], ':', c=f'C{c}')
             ax.set(xscale='log', yscale='log', title=model, xlabel=f'tokens of the {x}',
                    ylabel='a source, ms' if what == 'prefill' else 'a step, ms')
-    axes[0, 0].legend(frameon=False, fontsize=8)
+            ticks = sorted({r[x] for r in mine})
+            ax.set_xticks(ticks, [f'{t:,}' for t in ticks])
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter('{x:,.0f}')
+            for axis in (ax.xaxis, ax.yaxis): axis.set_minor_locator(NullLocator())
+    names = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*names, loc='outside upper center', ncols=len(kinds), frameon=False)
     return fig
