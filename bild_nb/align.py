@@ -366,8 +366,9 @@ def align(
     check_objective(objective, on_policy, temperature, policy, large, top)
     if raced(policy, large, check_recipe(recipe)): check_both(large, small, tokenizer)
     causal = not small.config.is_encoder_decoder
-    train, valid = [encode_pairs(part, tokenizer, prefix, max_source, max_target, causal)
-                    for part in divided(pairs, valid, examples, recipe.seed)]
+    train, valid = [
+        encode_pairs(part, tokenizer, prefix, max_source, max_target, causal)
+        for part in divided(pairs, valid, examples, recipe.seed)]
     if share: small = borrower(small, large, tokenizer, train, recipe.seed)
     siblings, how = Siblings(), dict(objective=objective, on_policy=on_policy,
                                      temperature=temperature, top=top)
