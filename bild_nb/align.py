@@ -36,7 +36,8 @@ def raced(policy:Policy, # of the agreement; only thresholds FB,RB (`NLL`) are r
           recipe:Recipe  # how many finalists it keeps
          )->bool:
     "Whether there is a speed to measure"
-    return recipe.finalists > 1 and large is not None and isinstance(policy.accept, NLL)
+    timed = large is not None and large.config.is_encoder_decoder  # as `pair_times`
+    return recipe.finalists > 1 and timed and isinstance(policy.accept, NLL)
 
 def chosen(
     logs:dict,         # of the trainers, by rate
@@ -364,8 +365,10 @@ def align(
     if policy is None: policy = Policy.bild(.6, 2) if large else Policy.lossless(.6)
     check_objective(objective, on_policy, temperature, policy, large, top)
     if raced(policy, large, check_recipe(recipe)): check_both(large, small, tokenizer)
-    train, valid = [encode_pairs(part, tokenizer, prefix, max_source, max_target)
-                    for part in divided(pairs, valid, examples, recipe.seed)]
+    causal = not small.config.is_encoder_decoder
+    train, valid = [
+        encode_pairs(part, tokenizer, prefix, max_source, max_target, causal)
+        for part in divided(pairs, valid, examples, recipe.seed)]
     if share: small = borrower(small, large, tokenizer, train, recipe.seed)
     siblings, how = Siblings(), dict(objective=objective, on_policy=on_policy,
                                      temperature=temperature, top=top)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KEPT', 'RESULT', 'WORK', 'CARD', 'source_limit', 'ending', 'shorten', 'source_ids', 'greedy', 'Outputs', 'outputs',
            'looped', 'calibration_settings', 'decode_batches', 'read_settings', 'begun_with', 'write_result',
-           'calibration_card', 'finish', 'calibrate', 'encode_pairs']
+           'calibration_card', 'finish', 'calibrate', 'continued', 'encode_pairs']
 
 # %% ../nbs/22_calibrate.ipynb #7ad50fc5
-import json, time
+import json, time, warnings
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 from .batches import encode
+from .causal import plain_model
 from .decode import BigLittleDecoder
 from .decoder import Model, evaluating, special
 from .many import cut_batches
@@ -80,6 +81,7 @@ class Outputs(NamedTuple):
     texts: list[str] # in the order of the sources, without special tokens
     tokens: int # new ones, of all texts
     cut: int    # texts that have no end
+    errors: dict = {}  # by position: why a text is empty that could not be written
 
 def outputs(
     model, # an encoder-decoder model
@@ -104,18 +106,17 @@ def looped(
     sources:list[list[int]], # token ids
     max_new_tokens:int=128 # longest output
 )->Outputs:
-    "Decode a batch by our own loop; a `FloatingPointError` for NaN logits"
+    "Decode a batch by our own loop; of a prompt, what follows it"
     decoder = BigLittleDecoder(large, large, Policy.large())
     ids = [torch.tensor([s], device='cpu') for s in sources]
     found = dict(decoder.each(ids, max_new_tokens))
-    rows = [found[i] for i in range(len(ids))]
-    for row in rows:
-        if isinstance(row, FloatingPointError): raise row
-    ended = [row.sequences[0, -1].item() in large.settings().eos for row in rows]
-    texts = tokenizer.batch_decode([row.sequences[0] for row in rows],
+    errors = {i: e for i, e in found.items() if isinstance(e, FloatingPointError)}
+    new = {i: row.sequences[0, -row.trace[0].new_tokens:] for i, row in found.items()
+           if i not in errors}
+    ended = sum(x[-1].item() in large.settings().eos for x in new.values())
+    texts = tokenizer.batch_decode([new.get(i, []) for i in range(len(ids))],
                                    skip_special_tokens=True)
-    return Outputs(texts, sum(row.trace[0].new_tokens for row in rows),
-                   len(rows) - sum(ended))
+    return Outputs(texts, sum(map(len, new.values())), len(new) - ended, errors)
 
 # %% ../nbs/22_calibrate.ipynb #444ef4c3
 def calibration_settings(
@@ -268,6 +269,8 @@ def calibrate(
 )->dict: # the settings, with counts
     """Write the large model's greedy outputs for `rows` as a data set, on all
     processes. A `ValueError` where `out` holds something else, or other settings"""
+    if not isinstance(model, Model) and not model.config.is_encoder_decoder:
+        model = plain_model(model, tokenizer)
     settings = calibration_settings(
         model, tokenizer, rows, name=name, task=task, prefix=prefix,
         max_source=max_source, max_new_tokens=max_new_tokens, max_tokens=max_tokens,
@@ -276,7 +279,10 @@ def calibrate(
     batches = cut_batches({i: len(x) for i, x in ids.items()}, max_tokens)
     def decode(batch):
         write = looped if isinstance(model, Model) else outputs
-        return write(model, tokenizer, [ids[i] for i in batch], max_new_tokens)
+        found = write(model, tokenizer, [ids[i] for i in batch], max_new_tokens)
+        for i, e in found.errors.items():
+            warnings.warn(f'{rows["id"][batch[i]]}: {e}; its target stays empty')
+        return found
     siblings = Siblings()
     folder = Folder(out, settings, WORK, RESULT, siblings, restart, begun_with)
     with folder.held():
@@ -304,21 +310,34 @@ class Bar:
         self.bar.update(sum(len(self.ids[i]) for i in batch))
 
 # %% ../nbs/22_calibrate.ipynb #53547b4d
+def continued(
+    rows, # a `Dataset` with `source` and `target`
+    tokenizer # of models that continue a text
+): # a `Dataset` with `input_ids` and `labels`
+    "Token ids of prompts and of what follows them, to its end"
+    def ids(r):
+        new = tokenizer(r['target'], add_special_tokens=False).input_ids
+        return dict(input_ids=tokenizer(r['source'], verbose=False).input_ids,
+                    labels=[x + [tokenizer.eos_token_id] for x in new])
+    return rows.map(ids, batched=True, remove_columns=rows.column_names)
+
 def encode_pairs(
     pairs, # a `Dataset` with `source` and `target`
     tokenizer, # of both models
     prefix:str='', # put before every source
     max_source:int|None=None, # longest source, in tokens; None: what `tokenizer` states
-    max_target:int=128 # longest target, in tokens
+    max_target:int=128, # longest target, in tokens
+    causal:bool=False # whether a target goes on where its source ends
 ): # a `Dataset` with `input_ids` and `labels`
     "Token ids of both sides; a `ValueError` if nothing can be learned from them"
     n, tail = max_source or source_limit(tokenizer), ending(tokenizer)
+    sides = continued if causal else encode
     nothing = {tokenizer.pad_token_id, tokenizer.eos_token_id}
     def add_prefix(row): return dict(source=prefix + row['source'])
     def cut(row):
         return dict(input_ids=shorten(row['input_ids'], n, tail),
                     labels=row['labels'][:max_target])
-    out = encode(pairs.map(add_prefix), tokenizer).map(cut)
+    out = sides(pairs.map(add_prefix), tokenizer).map(cut)
     out = out.filter(lambda row: not nothing.issuperset(row['labels']))
     if len(out): return out
     raise ValueError(f'no target has a token to learn from ({len(pairs)} pairs, '

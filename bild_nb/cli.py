@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STYLES', 'LEGEND', 'EMPTY', 'TextArg', 'File', 'ShowTrace', 'A_FILE', 'WINDOW', 'RECORDED', 'SummaryTask', 'Chat',
            'System', 'DemoDtype', 'DemoPolicies', 'Shape', 'BenchLarge', 'BenchSmall', 'ORDER', 'writers', 'styled',
-           'trace_text', 'print_trace', 'decoded_lines', 'read_input', 'check_text', 'encode', 'written', 'ended',
-           'translations', 'as_record', 'turns', 'counted', 'translate', 'show', 'summarize', 'generate', 'messages',
-           'continued', 'demo_pairs', 'demo', 'bench', 'installed', 'findings', 'doctor', 'main']
+           'trace_text', 'print_trace', 'decoded_lines', 'read_input', 'check_text', 'encode', 'written', 'note_broken',
+           'ended', 'translations', 'as_record', 'turns', 'counted', 'translate', 'show', 'summarize', 'generate',
+           'messages', 'continued', 'demo_pairs', 'demo', 'bench', 'installed', 'findings', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #086f24ea
 import io, json, os, platform, sys, warnings
@@ -141,7 +141,7 @@ def written(bild,        # who writes
             rows=(),     # numbers of the texts, for draws
             **settings   # of `generate`
            ):            # of pairs
-    "The `Output` of each source in order, and None; Ctrl-C with one that is not whole"
+    "The `Output` of each source in order, and None; one not whole comes with its error"
     from bild_nb.decode import GenerationInterrupted
     for at in range(0, len(ids), WINDOW):
         part, found, broke = ids[at:at + WINDOW], {}, None
@@ -152,8 +152,15 @@ def written(bild,        # who writes
         except GenerationInterrupted as e: found, broke = found | e.partial, e
         for i in range(len(part)):
             if i not in found: raise broke
-            if isinstance(found[i], FloatingPointError): raise found[i]
-            yield found[i], None if ended(bild, found[i], new) else broke
+            error = found[i] if isinstance(found[i], Exception) else None
+            if error: yield getattr(error, 'partial', None), error
+            else: yield found[i], None if ended(bild, found[i], new) else broke
+
+def note_broken(error # Ctrl-C, or the text's own
+               ):
+    "Say that a text which is printed breaks off"
+    why = 'Ctrl-C: ' if isinstance(error, KeyboardInterrupt) else ''
+    note(f'{why}the last text is not whole')
 
 def ended(bild,    # who wrote it
           out,     # an `Output` of one text, maybe of an interrupted one
@@ -175,11 +182,11 @@ def translations(
     "(source, translation, `Trace`) of each line at once; of an empty one '' and None"
     from bild_nb.decode import BigLittleDecoder
     bild = BigLittleDecoder(pair.large, pair.small, policy)
-    lines = empty = stopped = 0
+    lines = empty = stopped = failed = 0
     for chunk in chunks:
         rows = [lines + i for i, (_, text) in enumerate(chunk) if text.strip()]
         made = written(bild, encode(pair, chunk), new, trace, rows, **settings)
-        for _, text in chunk:
+        for name, text in chunk:
             lines += 1
             if not text.strip():
                 empty += 1
@@ -187,16 +194,21 @@ def translations(
                 continue
             out, broke = next(made)
             tokens = out.sequences[0]
-            stopped += tokens[-1].item() not in pair.large.settings().eos
             result = pair.tokenizer.decode(tokens, skip_special_tokens=True)
-            if result or not broke: yield text, result, out.trace[0]
-            if broke:
-                if result: note('Ctrl-C: the last text is not whole')
+            ill = isinstance(broke, FloatingPointError)
+            if result or ill or not broke: yield text, result, out.trace[0]
+            if ill:
+                failed += 1
+                note(f'{name} is not whole: {broke}')
+            elif broke:
+                if result: note_broken(broke)
                 raise broke
+            else: stopped += tokens[-1].item() not in pair.large.settings().eos
     if not lines: note('the input is empty: there is no line to translate')
     if empty: note(f'{empty} of {lines} lines are empty and were left so')
     if stopped: note(f'{stopped} of {lines - empty} translations were stopped after '
                      f'{new} tokens (--max-new-tokens)')
+    if failed: raise FloatingPointError(f'{failed} of {lines} lines are not whole')
 
 # %% ../nbs/90_cli.ipynb #48f14418
 RECORDED = ('new_tokens', 'accepted', 'large_tokens', 'fallbacks', 'rollbacks',
@@ -302,10 +314,14 @@ def summarize(
     pair = open_task_pair(chosen, names, **kwargs)
     ids = pair.encode([chosen.prefix + article], chosen.max_source, ['the text'])[0]
     bild = BigLittleDecoder(pair.large, pair.small, rule or pair.policy)
-    out = bild.generate(ids, max_new_tokens=chosen.max_target, trace=show_trace)
+    (out, broke), = written(bild, [ids], chosen.max_target, show_trace)
     published = chosen.reference_tokens is not None
     summary, trace = decode(pair.tokenizer, out.sequences[0], published), out.trace[0]
-    show(article, trace, pair.tokenizer, show_trace, as_json, summary=summary)
+    if summary or not broke:
+        show(article, trace, pair.tokenizer, show_trace, as_json, summary=summary)
+    if broke:
+        if summary: note_broken(broke)
+        raise broke
     if verbose: note(counted([trace]))
 
 # %% ../nbs/90_cli.ipynb #168e3969
@@ -363,8 +379,9 @@ def continued(pair,        # of causal models
     ids = pair.prompt(prompt)
     bild = BigLittleDecoder(pair.large, pair.small, policy or pair.policy)
     (out, broke), = written(bild, [ids], new, trace, **settings)
+    if out is None: raise broke
     tokens = out.sequences[0, ids.shape[1]:].tolist()
-    if broke and tokens: note('Ctrl-C: the last text is not whole')
+    if broke and tokens: note_broken(broke)
     if not broke and tokens[-1] not in pair.large.settings().eos:
         note(f'the text was stopped after {len(tokens)} tokens (--max-new-tokens)')
     return pair.tokenizer.decode(tokens, skip_special_tokens=True), out.trace[0], broke

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'TOGETHER', 'Turn', 'Trace', 'Output', 'check_tokenizers', 'check_pair', 'check_kinds', 'common',
            'BigLittleDecoder', 'Run', 'check_numbers', 'commit', 'unverified', 'sound', 'Batch',
-           'GenerationInterrupted', 'telling', 'refuse', 'counted', 'check_ids', 'check_mask', 'strip', 'cut',
+           'GenerationInterrupted', 'telling', 'refuse', 'NoRoom', 'counted', 'check_ids', 'check_mask', 'strip', 'cut',
            'length_limit', 'find_draws', 'plainly', 'check_prompt']
 
 # %% ../nbs/02_decode.ipynb #def45e13
@@ -508,9 +508,15 @@ def refuse(errors: dict # by row; if there is none, nothing is raised
     "Raise the first of some rows' errors, which then names all of them"
     if not errors: return
     first, *_ = errors.values()
-    raise type(first)('; '.join(map(str, errors.values())))
+    error = type(first)('; '.join(map(str, errors.values())))
+    error.errors = errors
+    raise error
 
 # %% ../nbs/02_decode.ipynb #6392cdd4
+class NoRoom(ValueError):
+    "Memory is too small for as many texts at once; `fits` of them have room"
+    fits = 1
+
 @contextmanager
 def counted(
     part: list # texts written at once; an error of a single one passes unchanged
@@ -521,9 +527,11 @@ def counted(
         if len(part) == 1 or not no_memory(e): raise
         held = sum(not (run.large is run.small is None) for run in part)
         fits = max(1, held*3//4)
-        raise ValueError(f'out of memory: {len(part)} texts are written at once, and '
-                         f'there is room for about {fits}: give at most so many rows, '
-                         f'or shorter texts ({e})') from e
+        found = NoRoom(f'out of memory: {len(part)} texts are written at once, and '
+                       f'there is room for about {fits}: give at most so many rows, '
+                       f'or shorter texts ({e})')
+        found.fits = fits
+        raise found from e
 
 # %% ../nbs/02_decode.ipynb #db8534ac
 def check_ids(ids,       # what a caller gave; should be whole numbers, (rows, length)
@@ -725,20 +733,20 @@ def _prompts(self: BigLittleDecoder, settings, ids, mask, lengths) -> tuple:
             on = None if mask is None else mask[i:i + 1]
             run.tokens, = unpad(ids[i:i + 1], on, settings, i)
             n = len(run.tokens)
-            check_prompt(i, run.tokens, settings.positions)
+            check_prompt(run.name, run.tokens, settings.positions)
             run.limit = length_limit(settings, *lengths, n, width - n, run.name)
         except ValueError as e: run.error = e
         runs.append(run)
     return ids, runs
 
 # %% ../nbs/02_decode.ipynb #e38cb0f2
-def check_prompt(i: int,               # number of the row
+def check_prompt(name: str,            # of the row, begins the error
                  prompt: list,         # its tokens, without padding
                  positions: int | None # that the pair has; None: any number
                 ):
-    "A `ValueError` for row `i` if no token can stand behind its prompt"
+    "A `ValueError` for a row if no token can stand behind its prompt"
     if positions is None or len(prompt) < positions: return
-    raise ValueError(f'row {i} is a prompt of {len(prompt)} tokens, and the pair has '
+    raise ValueError(f'{name}this prompt has {len(prompt)} tokens, and the pair has '
                      f'{positions} positions: nothing fits behind it')
 
 # %% ../nbs/02_decode.ipynb #e5f76738

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FOLLOWED', 'NO_EFFECT', 'SAMPLING', 'BEAMS', 'NEUTRAL', 'PROBED', 'special', 'Settings', 'unfollowed', 'Cache',
            'Model', 'transfer', 'on_host', 'drafted', 'rollback_cache', 'PlainCache', 'Decoder', 'refuse_others',
-           'check_position', 'probe', 'evaluating', 'use_threads', 'same_threads', 'size_gb', 'no_memory', 'memory']
+           'check_position', 'same_settings', 'probe', 'evaluating', 'use_threads', 'same_threads', 'size_gb',
+           'no_memory', 'memory']
 
 # %% ../nbs/01_decoder.ipynb #c6799428
 import copy, inspect, threading, warnings
@@ -437,6 +438,14 @@ def check_position(at: int,    # position of a pass's first token
     "Raise a `ValueError` for a pass that would leave a hole"
     if 0 <= at <= length: return
     raise ValueError(f'a pass at position {at} of a text with {length} tokens read')
+
+def same_settings(caches: list # of texts that a pass shall serve
+                 ):
+    "A `ValueError` unless the texts were opened with one `Settings`"
+    if all(c.settings is caches[0].settings for c in caches): return
+    raise ValueError('the texts of a pass must be opened with the same settings')
+
+
 
 # %% ../nbs/01_decoder.ipynb #53cbd8f2
 PROBED = {}  # what a model is made of to what is wrong with it, or None

@@ -22,7 +22,7 @@ from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 from .decode import check_ids, check_mask
 from .decoder import Cache, Model, check_position, drafted
-from .decoder import memory, on_host, size_gb, transfer
+from .decoder import memory, on_host, same_settings, size_gb, transfer
 from .policy import Draft, Scores, score
 from .shared import SharedEncoder, borrows
 from .stored import values
@@ -855,8 +855,7 @@ def rows(self: Engine) -> bool:
 @patch
 def _together(self: Engine, caches: list, new: list, at: list, last: list) -> Tensor:
     "`_pass` with a list of tokens for each text; a `ValueError` if it can't be made"
-    if any(c.settings is not caches[0].settings for c in caches):
-        raise ValueError('the texts of a pass must be opened with the same settings')
+    same_settings(caches)
     for cache, i in zip(caches, at): check_position(i, cache.length)
     ids = torch.tensor([[token for x in new for token in x]], device='cpu')
     check_ids(ids, self.words)

@@ -94,18 +94,28 @@ def own_drafts(
     temperature:float=1. # of sampling; 0 is greedy
 )->dict: # the batch with other `decoder_input_ids` and `labels`; -100 after the end
     "What the small model itself writes, to be scored by both models"
+    ids, mask = batch['input_ids'], batch['attention_mask']
+    causal = not model.config.is_encoder_decoder
+    if causal: ids, mask = (leftward(x, mask) for x in (ids, mask))
     with evaluating(model), greedy(model, max_new_tokens):
         if temperature:
             model.generation_config.update(do_sample=True, temperature=temperature,
                                            top_k=0, top_p=1.)
-        y = model.generate(input_ids=batch['input_ids'],
-                           attention_mask=batch['attention_mask'])
+        y = model.generate(input_ids=ids, attention_mask=mask)
     y = y.clone()  # outside inference mode, so that it may take part in training
-    after = _after_end(y[:, 1:], special(model, 'eos_token_id'))
-    return {**batch, 'decoder_input_ids': y[:, :-1],
-            'labels': y[:, 1:].masked_fill(after, -100)}
+    new = y[:, ids.shape[1] if causal else 1:]
+    after = _after_end(new, special(model, 'eos_token_id'))
+    drafts = dict(labels=new.masked_fill(after, -100))
+    return {**batch, **drafts, **({} if causal else dict(decoder_input_ids=y[:, :-1]))}
 
 # %% ../nbs/23_objectives.ipynb #d12ed3bc
+def leftward(
+    x:Tensor,   # (batch, length)
+    mask:Tensor # of the same shape, of 0 and 1
+)->Tensor:      # of the same shape
+    "Rows with what is masked moved to their left; the order of the rest stays"
+    return x.gather(1, mask.argsort(stable=True, dim=1))
+
 def _after_end(y, eos):
     "Where a text had ended before: (batch, length) bool"
     end = torch.isin(y, torch.tensor(eos, device=y.device))

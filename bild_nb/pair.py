@@ -615,11 +615,13 @@ def _each(self: Pair, ids: list, policy, new: int, seed=None, **settings
         e.partial = self._texts(ids, found | getattr(e, 'partial', {}))
         raise
     errors = {i: e for i, e in sorted(found.items()) if isinstance(e, Exception)}
-    final = {i: getattr(out, 'partial', out) for i, out in found.items()}
+    final = {i: out for i, out in found.items() if i not in errors}
+    final |= {i: e.partial for i, e in errors.items() if hasattr(e, 'partial')}
     texts = self._texts(ids, final)
     if not errors: return texts
     named = '; '.join(f'text {i}: {e}' for i, e in errors.items())
-    error = FloatingPointError(named if len(ids) > 1 else str(errors[0]))
+    first, *_ = errors.values()
+    error = type(first)(named if len(ids) > 1 else str(first))
     error.partial = texts
     raise error
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from fastcore.basics import patch
 from .causal import Causal, CausalCache
 from .decoder import Cache, Decoder, Model, PlainCache
-from .decoder import check_position, evaluating, transfer
+from .decoder import check_position, evaluating, same_settings, transfer
 from .policy import score
 
 # %% ../nbs/01d_together.ipynb #87a249dc
@@ -67,8 +67,7 @@ def _company(self: Model, caches: list, at: list) -> Company:
     found = caches[0].company
     if any(c.company is not found for c in caches) or any(c.length for c in caches):
         raise ValueError('texts that were begun apart cannot be read together')
-    if any(c.settings is not caches[0].settings for c in caches):
-        raise ValueError('the texts of a pass must be opened with the same settings')
+    same_settings(caches)
     if found is None: found = self.join(caches)
     for cache, i in zip(caches, at): check_position(i, len(found.tokens[cache.row]))
     return found

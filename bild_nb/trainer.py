@@ -182,7 +182,7 @@ def load_weights(
 ):
     "Give `model` the weights in `folder`"
     if borrows(model): return load_own(model, folder)
-    saved = load_model(str(folder), 'large', 'cpu')[0]
+    saved = load_model(str(folder), 'large', 'cpu', causal=True)[0]
     model.load_state_dict(saved.state_dict())
 
 # %% ../nbs/20c_trainer.ipynb #78122daa
