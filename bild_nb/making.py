@@ -40,6 +40,7 @@ Valid = option(str, 'D', 'another such set, to judge by', 'a part is held out')
 Size = option(str, 'S', 'of the models: xs, s, m, l or xl', 'by the number of pairs')
 Hours = option(float, 'H', 'hours; stop before, at the end of an epoch', 'no limit')
 
+# %% ../nbs/88_making.ipynb #c6daffe1
 @command('bild train texts.tsv --out runs/mine')
 def train(
     data: Annotated[str, typer.Argument(metavar='DATA', help=FROM)],
