@@ -29,9 +29,10 @@ def main(folder):
     if any(part.startswith(".") for part in folder.parts): sys.exit(f"{folder}: nbdev skips what lies below a folder with a dot")
     copy_tree(folder)
     os.chdir(folder)
-    made, nbs = proc_nbs(n_workers=2), get_config().nbs_path
+    nbs = get_config().nbs_path
     names = [re.sub(r"^\d+[a-z]*_", "", Path(f).name) for f in nbglob(nbs)]
     if twice := {name for name in names if names.count(name) > 1}: sys.exit(f"one page of several notebooks, as numbers are dropped: {', '.join(twice)}")
+    made = proc_nbs(n_workers=2)
     missing = [str(f) for f in nbglob(nbs) if not (made/Path(f).relative_to(nbs)).exists()]
     if missing: sys.exit(f"no page of {', '.join(missing)}")
     found = [text for page in sorted(made.rglob("*.ipynb")) for text in troubles(page)]

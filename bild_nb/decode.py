@@ -773,6 +773,7 @@ def _read_once(self: BigLittleDecoder, ids, mask) -> dict: # for `Model.open`
     use_threads(self.large)
     return dict(encoded=self.large.encoded(ids, mask))
 
+# %% ../nbs/02_decode.ipynb #2c2f0b5b
 @patch
 def _open(self: BigLittleDecoder, run: Run, ids: Tensor | None = None, mask=None):
     "Let the models that the policy asks read the source, if there is one"

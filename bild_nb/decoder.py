@@ -154,21 +154,24 @@ class Model:
         "Read a source: the cache of a text of which nothing is written yet"
         raise NotImplementedError
 
-    def forward(self,
-                cache: Cache,           # what `open` gave
-                tokens: Tensor,         # (rows, k) int64, on the host
-                at: list[int],          # (rows) position of the first
-                last: int | None = None # how many last positions are wanted; None: all
-               ) -> Tensor:             # (rows, last, vocabulary), on the device
-        "Forget what was read from `at` on, read `tokens`, give the logits after each"
-        raise NotImplementedError
+# %% ../nbs/01_decoder.ipynb #671d7588
+@patch
+def forward(self: Model,
+            cache: Cache,           # what `open` gave
+            tokens: Tensor,         # (rows, k) int64, on the host
+            at: list[int],          # (rows) position of the first
+            last: int | None = None # how many last positions are wanted; None: all
+           ) -> Tensor:             # (rows, last, vocabulary), on the device
+    "Forget what was read from `at` on, read `tokens`, give the logits after each"
+    raise NotImplementedError
 
-    def encoded(self,
-                ids: Tensor,                # (rows, source length) int64
-                mask: Tensor | None = None  # (rows, source length) of 0 and 1
-               ) -> Tensor:                 # (rows, source length, width)
-        "What its encoder makes of a source"
-        raise NotImplementedError
+@patch
+def encoded(self: Model,
+            ids: Tensor,                # (rows, source length) int64
+            mask: Tensor | None = None  # (rows, source length) of 0 and 1
+           ) -> Tensor:                 # (rows, source length, width)
+    "What its encoder makes of a source"
+    raise NotImplementedError
 
 # %% ../nbs/01_decoder.ipynb #04087d6a
 @patch(as_prop=True)

@@ -339,6 +339,7 @@ def _recorded(self: GraphEngine, work, *state: Tensor):
         for t, was in zip(state, before): t.copy_(was)
     return self._capture(work, trial)
 
+# %% ../nbs/12_graphs.ipynb #55bcd48e
 @cache
 def _apart(device) -> torch.cuda.Stream:
     "The stream of all recordings, of a priority that other streams seldom have"
@@ -381,6 +382,7 @@ def _record_encoder(self: GraphEngine, n: int) -> Recording:
     with _recording: run = self._recorded(work) if self.graphs else work
     return Recording(ids, mask, bias, out, run)  # a graph keeps none of them alive
 
+# %% ../nbs/12_graphs.ipynb #cd2e6887
 @patch
 def encode(self: GraphEngine,
            ids: Tensor,                # (1, n) int64
@@ -488,6 +490,7 @@ def propose(self: GraphEngine,
     cache.length = first + len(confidence)
     return drafted(found, confidence, end)
 
+# %% ../nbs/12_graphs.ipynb #830a5e74
 def _asked(rule, state, token: float, p: float) -> tuple:
     "Whether a draft ends before `token`, and whether it ends after it"
     if rule.least is not None: return p < np.float32(rule.least), False

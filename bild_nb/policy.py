@@ -94,6 +94,7 @@ class Rule:
             cls.reads_logits = own.get('reads_logits', True)
         if {'keep', 'judge'} & own.keys(): cls.farthest = own.get('farthest')
 
+# %% ../nbs/00_policy.ipynb #bc31ab81
 class DraftRule(Rule):
     "When the small model stops drafting. A new rule says `stop`, the rest has defaults"
     least = None  # of a rule that is `confidence < least`: backends then need not ask
@@ -347,6 +348,7 @@ def paper(cls: Policy,
     "Algorithm 1 of the paper (section 3.5), every draft verified"
     return cls(Confidence(fallback), NLL(rollback, strict=True), max_draft)
 
+# %% ../nbs/00_policy.ipynb #db377f13
 @patch(cls_method=True)
 def official(cls: Policy,
              fallback: float,  # draft while the top probability is at least this
@@ -364,6 +366,7 @@ def lossless(cls: Policy,
     "BiLD's fallback with exact verification: equal to the large model's greedy output"
     return cls(Confidence(fallback), Greedy(), max_draft)
 
+# %% ../nbs/00_policy.ipynb #c9fff997
 @patch(cls_method=True)
 def large(cls: Policy) -> Policy:
     "The large model alone, greedily: the baseline of every speed-up"
