@@ -43,6 +43,7 @@ Hours = option(float, 'H', 'hours; stop before, at the end of an epoch', 'no lim
 Shares = flag('--share-encoder', "the small model reads the large one's encoder, "
               'without one of its own')
 
+
 # %% ../nbs/88_making.ipynb #c6daffe1
 @command('bild train texts.tsv --out runs/mine')
 def train(
