@@ -171,13 +171,22 @@ class Bench:
             self.made = names, kind, opened
         return self.made[2]
 
-    def passes(self, model, kind, source, texts) -> dict:
+    def passes(self,
+               model: str,  # one name
+               kind: str,   # of `engine` or `PEERS`
+               source: int, # tokens
+               texts: tuple # places in a text, tokens
+              ) -> dict:
         "ms: `encoder`, and `passes` by their place and by the tokens read"
         [m, *_], [ids] = self.models(model, kind), bench_sources(None, 1, source, 'cpu')
         if kind not in PEERS: return our_times(m, ids, texts, self.repeats)
         return ct2_times(self.folder, PEERS[kind], ids, texts, self.repeats)
 
-    def texts(self, model, kind, shapes) -> dict:
+    def texts(self,
+              model: str,  # `large + small`
+              kind: str,   # of `engine` or `PEERS`
+              shapes: dict # name to tokens of source and text
+             ) -> dict:
         "ms of whole texts by shape and system, and the passes that they took"
         pair, found = self.models(model, kind), {}
         for name, (source, new) in shapes.items():
@@ -186,7 +195,11 @@ class Bench:
             found[name] = {system: self.text(f, ids) for system, f in writers}
         return found
 
-    def writers(self, pair, kind, new):
+    def writers(self,
+                pair: list, # of `models`
+                kind: str,  # of `engine` or `PEERS`
+                new: int    # tokens of a text
+               ):
         "What writes a text: pairs of a name and a function of a source"
         if kind in PEERS:
             yield 'large', ct2(self.folder, new, True, PEERS[kind])
@@ -195,7 +208,10 @@ class Bench:
             d = BigLittleDecoder(*pair, policy)
             yield name, partial(d.generate, max_new_tokens=new, trace=False)
 
-    def text(self, write, ids) -> dict:
+    def text(self,
+             write, # a function of a source
+             ids    # (1, source length) int64
+            ) -> dict:
         "The time of a text, and its passes where they are known"
         outs = []
         ms = [ms_of(lambda: outs.append(write(ids)), torch.device('cpu'))
@@ -228,7 +244,10 @@ def run_lengths(out: Path,            # run folder
             replace_file(out/'records.jsonl', lambda part: part.write_text(lines))
     return len(left)
 
-def as_read(x): return json.loads(json.dumps(x)) # lists for tuples
+def as_read(x # of what JSON has
+           ): # the same, with lists for tuples
+    "What comes back from a file"
+    return json.loads(json.dumps(x))
 
 def read_lengths(out: Path # run folder
                 ) -> list: # (job, what was found) pairs
