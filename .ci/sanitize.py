@@ -5,8 +5,8 @@ import torch
 from concurrent.futures import ThreadPoolExecutor
 from transformers import T5ForConditionalGeneration
 from bild_nb import native
-from bild_nb.native import KV, NativeEngine, library
-import bild_nb.rows
+from bild_nb.native import KV, library
+from bild_nb.rows import NativeEngine
 from bild_nb.policy import Fixed, Policy
 from bild_nb.testing import random_t5
 
