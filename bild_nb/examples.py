@@ -6,15 +6,16 @@
 __all__ = ['Cell', 'EXPORTED', 'ASKED', 'Example', 'cells_of', 'names_in', 'needed', 'symbols', 'object_of', 'full_name',
            'holder', 'Meaning', 'commands', 'methods', 'first_of', 'output_of', 'order', 'examples_in', 'collect',
            'relatives', 'symbols_of', 'source_trees', 'uses_of', 'all_private', 'callers', 'way_to', 'digest',
-           'examples', 'fenced', 'example_text']
+           'notebooks_of', 'kept_file', 'write_examples', 'examples', 'fenced', 'example_text']
 
 # %% ../nbs/98c_examples.ipynb #eac3d7f0
-import ast, inspect, json, os, re, zlib
+import ast, inspect, json, os, re, sys, zlib
 from collections import defaultdict, namedtuple
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from subprocess import run
 from tempfile import gettempdir
 from textwrap import dedent
 from fastcore.basics import patch
@@ -289,7 +290,7 @@ def examples_in(cell: Cell,       # of `cells_of`
         fails = bool(re.search(r'\b(test_fail|fails|raises|ExpectedError)\b', code))
         made = Example(file, cell.at, code, output_of(cell)*last, cell.asked,
                        fails or helper)
-        for name in names: yield name, made
+        for name in sorted(names): yield name, made
 
 def collect(files # notebooks
            ) -> dict: # by full name: the best `Example`
@@ -386,21 +387,40 @@ def digest(files # notebooks
     sums = ((Path(f).name, zlib.crc32(Path(f).read_bytes())) for f in files)
     return f'{zlib.crc32(repr(sorted(sums)).encode()):08x}'
 
+def notebooks_of(folder: Path # and of its folders
+                ) -> list: # of paths
+    "All notebooks, without JupyterLab's copies"
+    found = sorted(Path(folder).rglob('*.ipynb'))
+    return [f for f in found if '.ipynb_checkpoints' not in f.parts]
+
+def kept_file(folder: Path # with notebooks
+             ) -> Path:
+    "Where their examples are kept"
+    name = f'bild-examples-{os.getuid()}-{digest(notebooks_of(folder))}.json'
+    return Path(gettempdir(), name)
+
+# %% ../nbs/98c_examples.ipynb #fdc7e062
+def write_examples(folder: Path, # with notebooks, and in its folders
+                   kept: Path    # the file
+                  ):
+    "Find the examples and write them"
+    folder = Path(folder)
+    known = collect(notebooks_of(folder))
+    every = sum(symbols().values(), [])
+    ways = {f: f if f in known else way_to(f, known) for f in every}
+    place = lambda e: e._replace(file=str(e.file.relative_to(folder)))
+    found = {f: (way, place(known[way])) for f, way in ways.items() if way}
+    write_json(Path(kept), found)
+
 @cache
 def examples(folder: Path # with notebooks, and in its folders
             ) -> dict: # by full name: (name of what is shown, `Example`)
     "The example of every public function and method that has one"
-    files = sorted(f for f in Path(folder).rglob('*.ipynb')
-                   if '.ipynb_checkpoints' not in f.parts)
-    kept = Path(gettempdir(), f'bild-examples-{os.getuid()}-{digest(files)}.json')
-    if kept.exists(): pairs = json.loads(kept.read_text(encoding='utf-8'))
-    else:
-        known = collect(files)
-        every = sum(symbols().values(), [])
-        ways = {f: f if f in known else way_to(f, known) for f in every}
-        place = lambda e: e._replace(file=str(e.file.relative_to(folder)))
-        pairs = {f: (way, place(known[way])) for f, way in ways.items() if way}
-        write_json(kept, pairs)
+    kept = kept_file(folder)
+    if not kept.exists():
+        code = 'import sys, bild_nb.examples as e; e.write_examples(*sys.argv[1:])'
+        run([sys.executable, '-c', code, folder, kept], check=True)
+    pairs = json.loads(kept.read_text(encoding='utf-8'))
     return {full: (way, Example(*e)) for full, (way, e) in pairs.items()}
 
 # %% ../nbs/98c_examples.ipynb #abf0828a
