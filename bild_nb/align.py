@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'RACE', 'WORK', 'RESULT', 'FITTED', 'raced', 'chosen', 'check_top', 'check_objective', 'check_room',
            'check_tokenizer', 'finalist_table', 'alignment_card', 'write_model', 'read_alignment', 'begun_with',
            'sample_batches', 'step_seconds', 'duration', 'align_settings', 'tune_rates', 'announce', 'train_and_choose',
-           'align', 'divided', 'borrower', 'check_both']
+           'align_folder', 'align_in', 'align', 'divided', 'in_tokens', 'borrower', 'check_both', 'check_work']
 
 # %% ../nbs/24_align.ipynb #55196b20
 import copy, math, random, shutil, sys, time
@@ -336,6 +336,48 @@ def train_and_choose(
     return dict(held_out=len(valid), before=before, **choice,
                 runs={f'{lr:g}': curve(state) for lr, state in states.items()})
 
+# %% ../nbs/24_align.ipynb #317b9d0a
+def align_folder(
+    out:str|Path,  # of the result
+    small,         # whose weights are hashed
+    tokenizer,     # of both models
+    large,         # None: not here
+    names:tuple,   # small, large, licence
+    data:list,     # to train on and to judge with, as tokens
+    recipe:Recipe, # every number of it counts
+    restart:bool,  # throw away what is there
+    share:bool,    # whether `small` reads the encoder of `large`
+    **given        # as of `align_settings`
+)->Folder:
+    "The folder of an alignment, with all that its result depends on"
+    siblings = Siblings()
+    if share: given['share'] = True  # a folder may be older than this option
+    settings = align_settings(small, tokenizer, large, names, *data, recipe,
+                              siblings.world, **given)
+    return Folder(out, settings, WORK, RESULT, siblings, restart, begun_with)
+
+# %% ../nbs/24_align.ipynb #e246b51d
+def align_in(
+    folder:Folder, # held
+    small,         # gets the weights that were chosen, now or before
+    tokenizer,     # of both models
+    data:list,     # to train on and to judge with, as tokens
+    recipe:Recipe, # how to train
+    half:bool,     # write the weights in fp16
+    progress:bool, # say on stderr what is done
+    **how          # of `AlignTrainer`
+):
+    "Train, choose and write the model; or load what is there"
+    siblings = folder.siblings
+    if folder.finished: load_weights(small, folder.out)
+    else:
+        if siblings.main: check_room(folder.out, small, recipe.finalists)
+        found = train_and_choose(small, tokenizer, *data, folder.work, recipe,
+                                 siblings, progress, **how)
+        result = dict(settings=folder.settings, **found)
+        if siblings.main: write_model(small, tokenizer, folder.out, result, half)
+    siblings.wait()
+
 # %% ../nbs/24_align.ipynb #4c26707f
 def align(
     small, # the model to train; holds the best weights in the end
@@ -363,30 +405,18 @@ def align(
     """Fine-tune `small` on the large model's outputs (paper, section 3.5.1). A
     `ValueError`, before it trains, for what cannot work together or has no room"""
     if policy is None: policy = Policy.bild(.6, 2) if large else Policy.lossless(.6)
-    check_objective(objective, on_policy, temperature, policy, large, top)
-    if raced(policy, large, check_recipe(recipe)): check_both(large, small, tokenizer)
-    causal = not small.config.is_encoder_decoder
-    train, valid = [
-        encode_pairs(part, tokenizer, prefix, max_source, max_target, causal)
-        for part in divided(pairs, valid, examples, recipe.seed)]
-    if share: small = borrower(small, large, tokenizer, train, recipe.seed)
-    siblings, how = Siblings(), dict(objective=objective, on_policy=on_policy,
-                                     temperature=temperature, top=top)
-    settings = align_settings(
-        small, tokenizer, large, names, train, valid, recipe, siblings.world, **how,
-        **(dict(share=True) if share else {}), policy=str(policy), prefix=prefix,
-        max_source=max_source, max_target=max_target)
+    how = dict(objective=objective, on_policy=on_policy,
+               temperature=temperature, top=top)
+    check_work(small, tokenizer, large, recipe, policy, **how)
+    lengths = dict(prefix=prefix, max_source=max_source, max_target=max_target)
+    both = divided(pairs, valid, examples, recipe.seed)
+    data = in_tokens(both, small, tokenizer, **lengths)
+    if share: small = borrower(small, large, tokenizer, data[0], recipe.seed)
+    folder = align_folder(out, small, tokenizer, large, names, data, recipe, restart,
+                          share, **how, policy=str(policy), **lengths)
     how |= dict(large=large, policy=policy, max_new_tokens=max_target)
-    folder = Folder(out, settings, WORK, RESULT, siblings, restart, begun_with)
     with folder.held():
-        if folder.finished: load_weights(small, folder.out)
-        else:
-            if siblings.main: check_room(folder.out, small, recipe.finalists)
-            found = train_and_choose(small, tokenizer, train, valid, folder.work,
-                                     recipe, siblings, progress, **how)
-            result = dict(settings=settings, **found)
-            if siblings.main: write_model(small, tokenizer, folder.out, result, half)
-        siblings.wait()
+        align_in(folder, small, tokenizer, data, recipe, half, progress, **how)
     return read_alignment(out)
 
 # %% ../nbs/24_align.ipynb #d8dd79f3
@@ -399,6 +429,16 @@ def divided(pairs,        # a `Dataset` with `source` and `target`
     if valid is None: return hold_out(pairs, examples, seed)
     return pairs, valid.select(range(min(examples, len(valid))))
 
+def in_tokens(parts:tuple, # of `Dataset`s with `source` and `target`
+              small,       # says whether it has an encoder
+              tokenizer,   # of both models
+              **lengths    # prefix, max_source, max_target
+             )->list:      # of `Dataset`s with `input_ids` and `labels`
+    "What the small model reads and should write"
+    causal = not small.config.is_encoder_decoder
+    return [encode_pairs(part, tokenizer, causal=causal, **lengths) for part in parts]
+
+# %% ../nbs/24_align.ipynb #0b6c4a78
 FITTED = 400 # texts that a projection is fitted on
 
 def borrower(small,     # of transformers; the new model has its decoder
@@ -425,6 +465,7 @@ def borrower(small,     # of transformers; the new model has its decoder
     fit_projection(new.to(large.device), small.to(large.device).eval(), batches)
     return new
 
+# %% ../nbs/24_align.ipynb #89cee839
 def check_both(large,    # of transformers
                small,    # likewise; a copy goes to the large one's device
                tokenizer # of both models
@@ -432,3 +473,14 @@ def check_both(large,    # of transformers
     "See that the two can run together in the end"
     check_pair(Decoder(large, tokenizer),
                Decoder(copy.deepcopy(small).to(large.device), tokenizer))
+
+def check_work(small,         # of transformers
+               tokenizer,     # of both models
+               large,         # of transformers; None: not here
+               recipe:Recipe, # how to train
+               policy:Policy, # of the agreement
+               **how          # as of `check_objective`
+              ):
+    "Refuse what cannot be learned, and models that are no pair"
+    check_objective(policy=policy, large=large, **how)
+    if raced(policy, large, check_recipe(recipe)): check_both(large, small, tokenizer)

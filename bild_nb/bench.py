@@ -8,8 +8,8 @@ __all__ = ['SHAPES', 'BYTES', 'KS', 'KINDS', 'MAKE', 'RECORDED', 'LOAD', 'shape_
            'Replay', 'replayed', 'recorded', 'endless', 'Loop', 'packed_or_whole', 'weights_of', 'hf',
            'greedy_settings', 'static_cache', 'hf_static', 'convert', 'ct2', 'ct2_held', 'race', 'Standing',
            'standings', 'translators', 'loops', 'systems', 'cpu_name', 'hardware', 'bench_sources', 'quiet',
-           'both_passes', 'overheads', 'turns_of', 'tried', 'bench', 'check_bench', 'write_run', 'bench_table', 'why',
-           'fastest', 'reasons', 'verdict', 'bench_picture']
+           'both_passes', 'overheads', 'turns_of', 'tried', 'check_device', 'bench', 'check_bench', 'write_run',
+           'bench_table', 'why', 'fastest', 'reasons', 'verdict', 'bench_picture']
 
 # %% ../nbs/14_bench.ipynb #1d5984e6
 import copy, gc, inspect, json, math, os, platform, subprocess, sys
@@ -307,6 +307,7 @@ def packed_or_whole(model: Model # on any backend
     held, whole = model.held(), {p.data_ptr() for p in model.model.parameters()}
     return {at: n for at, n in held.items() if at not in whole} or held
 
+# %% ../nbs/14_bench.ipynb #8e7e3275
 def weights_of(*models # of transformers
               ) -> int: # bytes
     "The memory of their weights, of each once"
@@ -636,6 +637,14 @@ def tried(systems: dict,  # by name
         else: kept[name] = system
     return kept, notes
 
+# %% ../nbs/14_bench.ipynb #29144b75
+def check_device(device: str # of the bench
+                ):
+    "A `ValueError` for a device that is not here"
+    if device in KINDS and (device == 'cpu' or torch.cuda.is_available()): return
+    raise ValueError(f'device {device!r}: the bench runs on cpu, '
+                     'and on cuda where torch finds a GPU')
+
 # %% ../nbs/14_bench.ipynb #62c3c1a8
 def bench(large: str = 'shipped', # a name in `SHAPES`, a folder, a hub id or `shipped`
           small: str = 'shipped', # likewise; `shipped` is the aligned one
@@ -652,9 +661,7 @@ def bench(large: str = 'shipped', # a name in `SHAPES`, a folder, a hub id or `s
          ) -> dict:               # what `run.json` holds
     """Measure passes and whole texts of a pair beside its peers; a `ValueError` first
     for a device that is not here, another's folder, or models that are no pair"""
-    if device not in KINDS or device == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'device {device!r}: the bench runs on cpu, '
-                         'and on cuda where torch finds a GPU')
+    check_device(device)
     if out: check_bench(Path(out))
     policy, kinds = as_policy(policy), kinds or KINDS[device]
     turns = recorded(trace) if trace else None

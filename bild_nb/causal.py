@@ -28,7 +28,7 @@ def refuse_recurrent(model # of transformers
                      f'a token out of ({other or "it is recurrent"}): BiLD runs '
                      'models all of whose layers attend to keys and values')
 
-def text_config(model # of transformers, also one that sees pictures, too
+def text_config(model # of transformers, also one that sees pictures
                ):
     "The config of the part that writes text"
     return model.config.get_text_config(decoder=True)

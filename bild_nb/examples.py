@@ -292,6 +292,7 @@ def examples_in(cell: Cell,       # of `cells_of`
                        fails or helper)
         for name in sorted(names): yield name, made
 
+# %% ../nbs/98c_examples.ipynb #0d50ff16
 def collect(files # notebooks
            ) -> dict: # by full name: the best `Example`
     "The best example of all that the notebooks use"

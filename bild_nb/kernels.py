@@ -168,6 +168,7 @@ def _early(device: torch.device) -> dict:
     early = device.type == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 9
     return dict(EARLY=True, launch_pdl=True) if early else dict(EARLY=False)
 
+# %% ../nbs/11b_kernels.ipynb #517ecb34
 def project(
     x: Tensor,                # (M, K)
     w: Tensor,                # (N, K); (2N, K) if `gated`
@@ -440,6 +441,7 @@ def write(
                           shares(N), PRECISION=_precision(w), **sizes,
                           **_early(x.device))
 
+# %% ../nbs/11b_kernels.ipynb #968da985
 def choose(
     parts: tuple,    # of `write`
     logits: Tensor,  # (M, vocabulary)

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .decoder import evaluating, same_threads
 from .decode import BigLittleDecoder
 from .policy import Policy
@@ -171,54 +172,61 @@ class Bench:
             self.made = names, kind, opened
         return self.made[2]
 
-    def passes(self,
-               model: str,  # one name
-               kind: str,   # of `engine` or `PEERS`
-               source: int, # tokens
-               texts: tuple # places in a text, tokens
-              ) -> dict:
-        "ms: `encoder`, and `passes` by their place and by the tokens read"
-        [m, *_], [ids] = self.models(model, kind), bench_sources(None, 1, source, 'cpu')
-        if kind not in PEERS: return our_times(m, ids, texts, self.repeats)
-        return ct2_times(self.folder, PEERS[kind], ids, texts, self.repeats)
+# %% ../nbs/14c_lengths.ipynb #7960a0ac
+@patch
+def passes(self: Bench,
+           model: str,  # one name
+           kind: str,   # of `engine` or `PEERS`
+           source: int, # tokens
+           texts: tuple # places in a text, tokens
+          ) -> dict:
+    "ms: `encoder`, and `passes` by their place and by the tokens read"
+    [m, *_], [ids] = self.models(model, kind), bench_sources(None, 1, source, 'cpu')
+    if kind not in PEERS: return our_times(m, ids, texts, self.repeats)
+    return ct2_times(self.folder, PEERS[kind], ids, texts, self.repeats)
 
-    def texts(self,
-              model: str,  # `large + small`
-              kind: str,   # of `engine` or `PEERS`
-              shapes: dict # name to tokens of source and text
-             ) -> dict:
-        "ms of whole texts by shape and system, and the passes that they took"
-        pair, found = self.models(model, kind), {}
-        for name, (source, new) in shapes.items():
-            [ids] = bench_sources(None, 1, source, 'cpu')
-            writers = self.writers(pair, kind, new)
-            found[name] = {system: self.text(f, ids) for system, f in writers}
-        return found
+# %% ../nbs/14c_lengths.ipynb #9409feae
+@patch
+def writers(self: Bench,
+            pair: list, # of `models`
+            kind: str,  # of `engine` or `PEERS`
+            new: int    # tokens of a text
+           ):
+    "What writes a text: pairs of a name and a function of a source"
+    if kind in PEERS:
+        yield 'large', ct2(self.folder, new, True, PEERS[kind])
+        return
+    for name, policy in (('large', Policy.large()), ('BiLD', replayed(recorded()))):
+        d = BigLittleDecoder(*pair, policy)
+        yield name, partial(d.generate, max_new_tokens=new, trace=False)
 
-    def writers(self,
-                pair: list, # of `models`
-                kind: str,  # of `engine` or `PEERS`
-                new: int    # tokens of a text
-               ):
-        "What writes a text: pairs of a name and a function of a source"
-        if kind in PEERS:
-            yield 'large', ct2(self.folder, new, True, PEERS[kind])
-            return
-        for name, policy in (('large', Policy.large()), ('BiLD', replayed(recorded()))):
-            d = BigLittleDecoder(*pair, policy)
-            yield name, partial(d.generate, max_new_tokens=new, trace=False)
+@patch
+def text(self: Bench,
+         write, # a function of a source
+         ids    # (1, source length) int64
+        ) -> dict:
+    "The time of a text, and its passes where they are known"
+    outs = []
+    ms = [ms_of(lambda: outs.append(write(ids)), torch.device('cpu'))
+          for _ in range(self.repeats + 1)]
+    found = dict(ms=median(ms[1:]))
+    if hasattr(outs[0], 'trace'): found['passes'] = outs[0].trace[0].passes
+    return found
 
-    def text(self,
-             write, # a function of a source
-             ids    # (1, source length) int64
-            ) -> dict:
-        "The time of a text, and its passes where they are known"
-        outs = []
-        ms = [ms_of(lambda: outs.append(write(ids)), torch.device('cpu'))
-              for _ in range(self.repeats + 1)]
-        found = dict(ms=median(ms[1:]))
-        if hasattr(outs[0], 'trace'): found['passes'] = outs[0].trace[0].passes
-        return found
+# %% ../nbs/14c_lengths.ipynb #600fba64
+@patch
+def texts(self: Bench,
+          model: str,  # `large + small`
+          kind: str,   # of `engine` or `PEERS`
+          shapes: dict # name to tokens of source and text
+         ) -> dict:
+    "ms of whole texts by shape and system, and the passes that they took"
+    pair, found = self.models(model, kind), {}
+    for name, (source, new) in shapes.items():
+        [ids] = bench_sources(None, 1, source, 'cpu')
+        writers = self.writers(pair, kind, new)
+        found[name] = {system: self.text(f, ids) for system, f in writers}
+    return found
 
 # %% ../nbs/14c_lengths.ipynb #7018f591
 def run_lengths(out: Path,            # run folder
@@ -268,6 +276,7 @@ def lengths_of(records: list, # of `read_lengths`
                    {(s, int(t)): {int(k): ms for k, ms in passes.items()}
                     for s, found in mine for t, passes in found['passes'].items()})
 
+# %% ../nbs/14c_lengths.ipynb #73b98be3
 def predictions(records: list # of `read_lengths`
                ):             # a dict each
     "Whole texts of ours beside what the times by length say of them"
@@ -282,6 +291,7 @@ def predictions(records: list # of `read_lengths`
                 yield dict(kind=job['kind'], shape=shape, system=system,
                            measured=f['ms'], predicted=said, gap=said/f['ms'] - 1)
 
+# %% ../nbs/14c_lengths.ipynb #223bad54
 def lengths_rows(records: list, # of `read_lengths`
                  machine: dict, # of `run.json`
                  shapes: dict   # name to `Shape`

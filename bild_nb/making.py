@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Valid', 'Size', 'Hours', 'Shares', 'PRECISIONS', 'INSTEAD', 'OptionalTask', 'AlignLarge', 'Calibration', 'Objective',
            'OnPolicy', 'Recipes', 'Temperature', 'Top', 'called', 'loaded', 'train', 'next_steps', 'writer',
-           'calibrate', 'value', 'recipe_options', 'read_recipe', 'listened_to', 'load_listener', 'stored_half',
-           'align_names', 'align', 'align_policy', 'check_learning', 'lengths', 'aligned_text']
+           'calibrated_text', 'calibrate', 'value', 'recipe_options', 'read_recipe', 'listened_to', 'load_listener',
+           'stored_half', 'align_names', 'align_task', 'made_with', 'align_large', 'check_align_out', 'align_cards',
+           'align_models', 'run_align', 'align', 'align_policy', 'check_learning', 'lengths', 'aligned_text']
 
 # %% ../nbs/88_making.ipynb #537d02da
 import shlex
@@ -121,29 +122,27 @@ def writer(where: str, # a folder, a hub id or `shipped`
     ours = decoder_for(model, tokenizer, int8=int8)
     return (ours if ours.rows else model), tokenizer
 
+# %% ../nbs/88_making.ipynb #95edbf81
+def calibrated_text(out: Path, # folder of the set
+                    made: dict # what `calibrate` gives
+                   ) -> str:
+    "What `bild calibrate` prints"
+    counts = made['counts']
+    return (f'{out}: {made["rows"]} pairs, {counts["tokens"]} tokens; '
+            f'{counts["cut"]} outputs cut, {counts["empty"]} empty')
+
 # %% ../nbs/88_making.ipynb #bf958df0
 @command('bild calibrate help-de-en --out runs/calibration --limit 1000')
 def calibrate(
-    task: TaskName,
-    out: Out,
-    large: TaskLarge = None,
-    data: Data = None,
-    split: TrainSplit = None,
-    config: Config = None,
-    source_column: SourceColumn = None,
-    limit: Limit = None,
-    prefix: Prefix = None,
-    max_source: MaxSource = None,
+    task: TaskName, out: Out, large: TaskLarge = None, data: Data = None,
+    split: TrainSplit = None, config: Config = None, source_column: SourceColumn = None,
+    limit: Limit = None, prefix: Prefix = None, max_source: MaxSource = None,
     max_new_tokens: MaxTarget = None,
     max_tokens: option(int, 'N', 'source tokens of a batch, with padding',
                        min=1) = 4096,
     dtype: option(str, 'T', 'fp32, bf16, fp16, or int8 on a CPU') = 'fp32',
-    device: Device = None,
-    threads: Threads = None,
-    license: License = None,
-    num_processes: Processes = None,
-    restart: Restart = False,
-    as_json: Json = False,
+    device: Device = None, threads: Threads = None, license: License = None,
+    num_processes: Processes = None, restart: Restart = False, as_json: Json = False
 ):
     "Write the large model's greedy outputs for a training set."
     chosen = read_task(task, data, split, config, source_column)
@@ -168,10 +167,8 @@ def calibrate(
                max_source or chosen.max_source, max_new_tokens or chosen.max_target,
                max_tokens, license or ('mpl-2.0' if shipped else 'unknown'), restart)
     if not state.is_main_process: return
-    counts = made['counts']
-    text = (f'{out}: {made["rows"]} pairs, {counts["tokens"]} tokens; '
-            f'{counts["cut"]} outputs cut, {counts["empty"]} empty')
-    answer(dict(out=str(out), left_out=rows.left_out, **made), text, as_json)
+    data = dict(out=str(out), left_out=rows.left_out, **made)
+    answer(data, calibrated_text(out, made), as_json)
 
 # %% ../nbs/88_making.ipynb #8174d6e3
 def value(kind,    # type of the value
@@ -292,84 +289,132 @@ def align_names(task,        # a `Task` or None
     if not small: refuse('--small', 'name the model to start from')
     return calibration, large, small
 
+# %% ../nbs/88_making.ipynb #4c7a2a45
+def align_task(task,       # of the command line, or None
+               on_policy,  # share of batches with the small model's own drafts
+               temperature # of `--temperature`, or None
+              ):           # a `Task` or None
+    "The task that is named; an option that would do nothing is refused"
+    from bild_nb.tasks import find_task
+    if not on_policy:
+        refuse_idle('it is of drafts, see --on-policy', temperature=temperature)
+    if task in (None, 'text'): return None  # which has nothing to give
+    with wrong_use('TASK'): return find_task(task)
+
+def made_with(calibration # a set
+             ) -> dict:   # empty if it is not ours
+    "The settings of a calibration set"
+    from bild_nb.calibrate import read_settings
+    return read_settings(calibration) or {}
+
+def align_large(large,       # of `--large`, or None
+                made: dict,  # settings of the calibration set
+                task,        # a `Task` or None
+                shares: bool # of `--share-encoder`
+               ) -> str | None:
+    "The name of the large model; refused if one is needed and none is here"
+    where = listened_to(large, made, task)
+    if shares and not where:
+        refuse('--share-encoder', 'name the large model whose encoder it is: --large')
+    return where
+
+# %% ../nbs/88_making.ipynb #b392f846
+def check_align_out(out: Path # folder of the result
+                   ):
+    "Refuse a folder of something else"
+    from bild_nb.align import RESULT, WORK
+    from bild_nb.runs import check_out
+    check_out(out, out/WORK, out/RESULT)
+
+def align_cards(small: str, # the model to train
+                where,      # the large model, or None
+                made: dict, # settings of the calibration set
+                license     # of `--license`, or None
+               ) -> tuple:
+    "Names of both models and the licence, for the card of the result"
+    return (called(small), called(where or made.get('large') or 'a model'),
+            license or made.get('license', 'unknown'))
+
+# %% ../nbs/88_making.ipynb #18919121
+def align_models(where,       # the large model, or None
+                 small,       # the one to train
+                 made: dict,  # settings of the calibration set
+                 calibration, # the set, for errors
+                 device       # where both models will be
+                ) -> tuple:   # small model, tokenizer, large model or None
+    "The models of an alignment, which share a tokenizer"
+    from bild_nb.align import check_tokenizer
+    from bild_nb.decode import check_tokenizers
+    listener, its_tokenizer = load_listener(where, made, device)
+    model, tokenizer = loaded(small, 'small', device, large=listener)
+    check_tokenizer(made, tokenizer, calibration)
+    if listener: check_tokenizers(its_tokenizer, tokenizer)
+    return model, tokenizer, listener
+
+# %% ../nbs/88_making.ipynb #e1dcd9ad
+def run_align(
+    out: Path,     # folder of the result
+    columns,       # a `Task` that names the columns
+    calibration,   # the set
+    valid,         # of `--valid`, or None
+    limit,         # of `--limit`, or None
+    where,         # the large model, or None
+    small,         # the one to train
+    made: dict,    # settings of the calibration set
+    state,         # of accelerate
+    as_json: bool, # of `--json`
+    **how          # of `align`
+):
+    "Load data and models, align, and answer"
+    from bild_nb.align import align as run
+    from bild_nb.data import said
+    from bild_nb.tasks import load_pairs
+    pairs, left_out = load_pairs(columns, calibration, limit)
+    if left_out and state.is_main_process: note(f'{calibration}: {said(left_out)}')
+    held = load_pairs(columns, valid)[0] if valid else None
+    model, tokenizer, listener = align_models(where, small, made, calibration,
+                                              state.device)
+    result = run(model, tokenizer, pairs, out, listener, valid=held,
+                 half=stored_half(small), **how)
+    if not state.is_main_process: return
+    data = dict(out=str(out), left_out=left_out, **result)
+    answer(data, aligned_text(out, result), as_json)
+
 # %% ../nbs/88_making.ipynb #8b3cceae
 @command('bild align --calibration runs/calibration --small shipped --out runs/aligned')
 @delegates(recipe_options)
 def align(
-    out: Out,
-    task: OptionalTask = None,
-    calibration: Calibration = None,
-    split: TrainSplit = None,
-    config: Config = None,
-    source_column: SourceColumn = None,
-    target_column: TargetColumn = None,
-    limit: Limit = None,
-    large: AlignLarge = None,
-    small: TaskSmall = None,
-    pair: PairDir = None,
-    objective: Objective = 'sequence',
-    on_policy: OnPolicy = 0.,
-    temperature: Temperature = None,
-    top: Top = None,
-    share_encoder: Shares = False,
-    policy: OnePolicy = None,
-    recipe: Recipes = None,
-    valid: Valid = None,
-    examples: Examples = 500,
-    prefix: Prefix = None,
-    max_source: MaxSource = None,
-    max_target: MaxTarget = None,
-    license: License = None,
-    threads: Threads = None,
-    num_processes: Processes = None,
-    restart: Restart = False,
-    as_json: Json = False,
-    **kwargs
+    out: Out, task: OptionalTask = None, calibration: Calibration = None,
+    split: TrainSplit = None, config: Config = None, source_column: SourceColumn = None,
+    target_column: TargetColumn = None, limit: Limit = None, large: AlignLarge = None,
+    small: TaskSmall = None, pair: PairDir = None, objective: Objective = 'sequence',
+    on_policy: OnPolicy = 0., temperature: Temperature = None, top: Top = None,
+    share_encoder: Shares = False, policy: OnePolicy = None, recipe: Recipes = None,
+    valid: Valid = None, examples: Examples = 500, prefix: Prefix = None,
+    max_source: MaxSource = None, max_target: MaxTarget = None, license: License = None,
+    threads: Threads = None, num_processes: Processes = None, restart: Restart = False,
+    as_json: Json = False, **kwargs
 ):
     "Fine-tune the small model on the large model's outputs."
-    from bild_nb.align import RESULT, WORK, align as run, check_tokenizer
-    from bild_nb.decode import check_tokenizers
-    from bild_nb.runs import check_out
-    from bild_nb.tasks import find_task, load_pairs
-    asked = read_policy(policy)
-    if not on_policy:
-        refuse_idle('it is of drafts, see --on-policy', temperature=temperature)
-    chosen = None
-    if task not in (None, 'text'):  # which has nothing to give
-        with wrong_use('TASK'): chosen = find_task(task)
+    asked, learn = read_policy(policy), dict(objective=objective, on_policy=on_policy)
+    chosen = align_task(task, on_policy, temperature)
     calibration, large, small = align_names(chosen, calibration, pair, large, small)
     columns = read_task('text', calibration, split, config,
                         source_column, target_column)
-    from bild_nb.calibrate import read_settings
-    from bild_nb.data import said
-    made = read_settings(calibration) or {}
+    made = made_with(calibration)
     how = read_recipe(recipe, chosen.name if chosen else made.get('task'), **kwargs)
-    where = listened_to(large, made, chosen)
-    if share_encoder and not where:
-        refuse('--share-encoder', 'name the large model whose encoder it is: --large')
-    temperature = 1. if temperature is None else temperature
-    rule = align_policy(asked, where, small)
-    check_learning(objective, on_policy, temperature, rule, where, top,
-                   kwargs['finalists'])
-    check_out(out, out/WORK, out/RESULT)
+    where = align_large(large, made, chosen, share_encoder)
+    learn |= dict(temperature=1. if temperature is None else temperature, top=top,
+                  policy=align_policy(asked, where, small))
+    check_learning(large=where, finalists=kwargs['finalists'], **learn)
+    check_align_out(out)
     state = joined(threads, num_processes)
-    pairs, left_out = load_pairs(columns, calibration, limit)
-    if left_out and state.is_main_process: note(f'{calibration}: {said(left_out)}')
-    held = load_pairs(columns, valid)[0] if valid else None
-    listener, its_tokenizer = load_listener(where, made, state.device)
-    model, tokenizer = loaded(small, 'small', state.device, large=listener)
-    check_tokenizer(made, tokenizer, calibration)
-    if listener: check_tokenizers(its_tokenizer, tokenizer)
-    names = (called(small), called(where or made.get('large') or 'a model'),
-             license or made.get('license', 'unknown'))
-    given = dict(prefix=prefix, max_source=max_source, max_target=max_target)
-    result = run(model, tokenizer, pairs, out, listener, how, objective, on_policy,
-                 temperature, top, rule, held, examples, **lengths(given, made, chosen),
-                 names=names, share=share_encoder, half=stored_half(small),
-                 restart=restart)
-    if not state.is_main_process: return
-    data = dict(out=str(out), left_out=left_out, **result)
-    answer(data, aligned_text(out, result), as_json)
+    given = lengths(dict(prefix=prefix, max_source=max_source, max_target=max_target),
+                    made, chosen)
+    names = align_cards(small, where, made, license)
+    run_align(out, columns, calibration, valid, limit, where, small, made, state,
+              as_json, recipe=how, examples=examples, names=names,
+              share=share_encoder, restart=restart, **learn, **given)
 
 # %% ../nbs/88_making.ipynb #c65c2fc0
 def align_policy(asked,             # the `Policy` of `--policy`, or None

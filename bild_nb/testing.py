@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GPU', 'WAITS', 'BETWEEN', 'CHAT', 'FLAGS', 'random_t5', 'random_causal', 'noisy', 'OnGPU', 'moved', 'PretendGPU',
            'is_device', 'refuse_waits', 'miniature', 'random_pair', 'random_causal_pair', 'rehearse', 'Tape', 'Result',
-           'interpret_triton', 'left_out', 'load_ipython_extension']
+           'interpret_triton', 'left_out', 'load_ipython_extension', 'diagram']
 
 # %% ../nbs/98_testing.ipynb #bc8fc6a4
-import os, re, sys, weakref
+import math, os, re, sys, weakref
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -346,3 +347,51 @@ def load_ipython_extension(shell # of IPython; another one than Jupyter's runs a
     "`%load_ext bild_nb.testing`: cells with a flag are left out"
     if type(shell).__name__ == 'ZMQInteractiveShell':
         shell.input_transformers_cleanup.append(left_out)
+
+# %% ../nbs/98_testing.ipynb #a2d2d427
+def _box(place: tuple, text: str) -> str:
+    "A box at (x, y, width, height) with lines of text in its middle"
+    (x, y, w, h), rows = place, text.split('\n')
+    top = y + h/2 - 8*len(rows) + 12
+    words = ''.join(f'<text x="{x + w/2:g}" y="{top + 16*i:g}" text-anchor="middle">'
+                    f'{escape(row)}</text>' for i, row in enumerate(rows))
+    return (f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="6" '
+            'fill="currentColor" fill-opacity=".07" stroke="currentColor" '
+            f'stroke-opacity=".5"/>{words}')
+
+# %% ../nbs/98_testing.ipynb #25f10b22
+def _arrow(a: tuple, b: tuple, text: str = '') -> str:
+    "An arrow between two boxes, sideways in a row, else up or down"
+    (x, y, w, h), (X, Y, W, H) = a, b
+    if y == Y: ends = (x + w*(X > x), y + h/2), (X + W*(X < x), Y + H/2)
+    else: ends = (x + w/2, y + h*(Y > y)), (X + W/2, Y + H*(Y < y))
+    (x, y), (X, Y) = ends
+    turn = math.degrees(math.atan2(Y - y, X - x))
+    side = 'y="{:g}" text-anchor="middle"' if y == Y else 'y="{:g}" dx="7"'
+    label = side.format((y + Y)/2 + (-5 if y == Y else 4))
+    return (f'<line x1="{x:g}" y1="{y:g}" x2="{X:g}" y2="{Y:g}" stroke="currentColor"/>'
+            f'<path d="M-8 -4L0 0L-8 4z" transform="translate({X:g} {Y:g}) '
+            f'rotate({turn:.0f})"/><text x="{(x + X)/2:g}" {label} font-size="11">'
+            f'{escape(text)}</text>')
+
+# %% ../nbs/98_testing.ipynb #1b7483f4
+def diagram(
+    boxes: dict,     # name to (column, row, text); the text's lines end with a newline
+    arrows: list,    # (from, to) or (from, to, text)
+    alt: str,        # what the picture shows, in words
+    width: int = 360 # of all columns: that of a phone
+) -> str:            # HTML
+    "Boxes in columns and rows, and arrows between them"
+    columns, gap = 1 + max(math.ceil(c) for c, _, _ in boxes.values()), 30
+    w = (width - 2 - gap*(columns - 1))/columns
+    rows = {r: max(t.count('\n') for _, s, t in boxes.values() if s == r)*16 + 30
+            for r in sorted(r for _, r, _ in boxes.values())}
+    top = {r: 1 + sum(h + gap for s, h in rows.items() if s < r) for r in rows}
+    at = {name: (1 + c*(w + gap), top[r], w, rows[r])
+          for name, (c, r, _) in boxes.items()}
+    body = ''.join(_arrow(at[a], at[b], *text) for a, b, *text in arrows)
+    body += ''.join(_box(at[name], text) for name, (_, _, text) in boxes.items())
+    high = max(y + h for _, y, _, h in at.values()) + 1
+    return (f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width} {high:g}" '
+            f'width="{width}" style="max-width:100%;height:auto" fill="currentColor" '
+            f'font-family="system-ui,sans-serif" font-size="12">{body}</svg>')

@@ -6,7 +6,7 @@
 __all__ = ['APART', 'BudgetTrainer', 'bleu_metric', 'Arguments', 'training_arguments', 'Checkpoints', 'resume_point',
            'read_state', 'ended', 'TimeLimit', 'train_on', 'load_weights', 'training_settings', 'described',
            'save_half', 'readable', 'curve', 'new_trainer', 'try_mean', 'mean_weights', 'write_model', 'unfinished',
-           'extras', 'train_seq2seq']
+           'extras', 'train_in', 'train_seq2seq']
 
 # %% ../nbs/20c_trainer.ipynb #fd892ec8
 import time, warnings
@@ -330,6 +330,28 @@ def extras(
     Noise(tokenizer, given['sample'], given['drop_tokens'])  # or says what is missing
     return {k: v for k, v in given.items() if v}
 
+# %% ../nbs/20c_trainer.ipynb #28aebed3
+def train_in(
+    folder:Folder,        # held, with all settings
+    model,                # in fp32; holds the best weights in the end
+    tokenizer,            # of the data
+    data,                 # to train on, with ids
+    valid,                # pair of a `Dataset` with texts and one with ids
+    max_hours:float|None, # stop before, at the end of an epoch
+    progress:bool,        # show a bar on stderr
+)->list[dict]|None:       # the log so far; None: the result is there
+    "Train to the end and write the result, or stop by the clock; or load what is there"
+    how, siblings = folder.settings, folder.siblings
+    if folder.finished:
+        load_weights(model, folder.out)
+        return None
+    trainer = new_trainer(model, tokenizer, data, valid, folder, max_hours, progress)
+    if not train_on(trainer, how['patience'], siblings.main):
+        return unfinished(folder, trainer)
+    if how.get('average'): try_mean(trainer, how['average'])
+    if siblings.main: write_model(folder, model, tokenizer, trainer)
+    siblings.wait()
+
 # %% ../nbs/20c_trainer.ipynb #8d6394dc
 def train_seq2seq(
     model, # an encoder-decoder model; holds the best weights in the end
@@ -358,22 +380,13 @@ def train_seq2seq(
     "Train on `train`, keep the epoch with the best BLEU on `valid`, save it in fp16"
     how = dict(epochs=epochs, lr=lr, warmup=warmup, max_tokens=max_tokens,
                max_length=max_length, max_output=max_output, patience=patience,
-               seed=seed, bf16=bf16)
-    how |= extras(tokenizer, smooth=smooth, sample=sample, drop_tokens=drop_tokens,
-                  average=average)
+               seed=seed, bf16=bf16, **extras(tokenizer, smooth=smooth, sample=sample,
+                                              drop_tokens=drop_tokens, average=average))
     valid = check_rows(valid, 'valid').select(range(min(eval_examples, len(valid))))
     data = encode(check_rows(train, 'train'), tokenizer, max_length)
-    valid, siblings = (valid, encode(valid, tokenizer)), Siblings()
+    valid = valid, encode(valid, tokenizer)
     settings = training_settings(model.float(), tokenizer, (train, data), valid, **how)
-    folder = Folder(out, settings, '.train', 'training.json', siblings, restart)
+    folder = Folder(out, settings, '.train', 'training.json', Siblings(), restart)
     with folder.held():
-        if folder.finished: load_weights(model, folder.out)
-        else:
-            trainer = new_trainer(model, tokenizer, data, valid, folder, max_hours,
-                                  progress)
-            if not train_on(trainer, patience, siblings.main):
-                return unfinished(folder, trainer)
-            if average: try_mean(trainer, average)
-            if siblings.main: write_model(folder, model, tokenizer, trainer)
-            siblings.wait()
-    return read_json(folder.result)['log']
+        log = train_in(folder, model, tokenizer, data, valid, max_hours, progress)
+    return read_json(folder.result)['log'] if log is None else log
