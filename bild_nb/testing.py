@@ -376,7 +376,7 @@ def _arrow(a: tuple, b: tuple, text: str = '') -> str:
 
 # %% ../nbs/98_testing.ipynb #1b7483f4
 def diagram(
-    boxes: dict,     # name to (column, row, text); the text's lines end with a newline
+    boxes: dict,     # name to (column, row, text, of lines)
     arrows: list,    # (from, to) or (from, to, text)
     alt: str,        # what the picture shows, in words
     width: int = 360 # of all columns: that of a phone
