@@ -392,6 +392,7 @@ def diagram(
     body = ''.join(_arrow(at[a], at[b], *text) for a, b, *text in arrows)
     body += ''.join(_box(at[name], text) for name, (_, _, text) in boxes.items())
     high = max(y + h for _, y, _, h in at.values()) + 1
-    return (f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width} {high:g}" '
-            f'width="{width}" style="max-width:100%;height:auto" fill="currentColor" '
+    return (f'<svg role="img" aria-label="{escape(alt)}" '
+            f'viewBox="0 0 {width} {high:g}" width="{width}" '
+            'style="max-width:100%;height:auto" fill="currentColor" '
             f'font-family="system-ui,sans-serif" font-size="12">{body}</svg>')
