@@ -307,7 +307,7 @@ def error_text(made # a function, a property or a class of the package
     for kind, text, of in errors(made):
         if kind is None: lines.append(f'- an error from before (`raise {text}`)')
         elif kind.__name__ in said: continue
-        elif of: by.setdefault(kind.__name__, []).append(f'`{of}(…)`')
+        elif of: by.setdefault(kind.__name__, []).append(f'`{of}()`')
         else: lines.append(f'- `{kind.__name__}`' + f': `"{text}"`'*bool(text))
     for kind, names in by.items():
         lines.append(f'- `{kind}` of ' + ', '.join(dict.fromkeys(names)))

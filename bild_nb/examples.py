@@ -437,7 +437,7 @@ def example_text(full: str,   # name with its module
     "The example of a function, with a link to its notebook"
     if full not in found: return ''
     way, e = found[full]
-    through = '' if way == full else f' through `{way.split(".", 2)[2]}(…)`'
+    through = '' if way == full else f' through `{way.split(".", 2)[2]}()`'
     asked = ', when asked to run' if e.asked else ''
     head = f'**Example**{through}, in [{Path(e.file).stem}]({e.file}){asked}'
     shown = [fenced(e.output)]*bool(e.output)
