@@ -335,7 +335,7 @@ def lengths_picture(rows: list # of `lengths_rows`
             ticks = sorted({r[x] for r in mine})
             ax.set_xticks(ticks, [f'{t:,}' for t in ticks])
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter('{x:,.0f}')
+            ax.yaxis.set_major_formatter('{x:,g}')
             for axis in (ax.xaxis, ax.yaxis): axis.set_minor_locator(NullLocator())
     names = axes[0, 0].get_legend_handles_labels()
     fig.legend(*names, loc='outside upper center', ncols=len(kinds), frameon=False)
