@@ -1,4 +1,4 @@
-"What nbdev's documentation step and its readers need: imports in their own cells, methods by @patch, no wide exported lines."
+"What nbdev's documentation step and its readers need: imports in their own cells, methods by @patch, no wide exported lines, no style of a whole page."
 import ast, json, re, sys
 from pathlib import Path
 
@@ -30,6 +30,12 @@ def attaches_methods(body):
         if on_class and any(isinstance(v, ast.Name) and v.id.startswith("_") for v in values): return True
 
 
+def styles_page(cell):
+    "A style of `body` or `:root` in an output: it would hold for the whole page of the site."
+    shown = ["".join(out.get("data", {}).get("text/html", "")) for out in cell.get("outputs", [])]
+    return any(re.search(r"<style[^>]*>[^<]*(:root|\bbody)\b[^<]*{", html) for html in shown)
+
+
 def faults(file):
     "One line for each fault of a notebook."
     for n, cell in enumerate(json.loads(file.read_text(encoding="utf-8"))["cells"]):
@@ -38,6 +44,7 @@ def faults(file):
         where, body = f"{file}, cell {n}", parse(source)
         if mixes_imports(source, body): yield f"{where} mixes imports with other code"
         if attaches_methods(body): yield f"{where} attaches a method to a class: use @patch"
+        if styles_page(cell): yield f"{where} shows a style that is for a whole page: show it in a frame"
         wide = [len(line) for line in source.split("\n") if len(line) > WIDE]
         if wide and EXPORT.search(source): yield f"{where} exports a line of {max(wide)} columns"
 

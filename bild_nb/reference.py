@@ -164,9 +164,13 @@ def reference(sym,                 # a function, a class or a property
 # %% ../nbs/99_reference.ipynb #26c293cb
 def described(full: str # a dotted name with its module
              ) -> bool:
-    "Whether a symbol has a docstring of its own, so that the pages show it"
-    package, module, name = full.split('.', 2)
-    return bool(attrgetter(name)(import_module(f'{package}.{module}')).__doc__)
+    "Whether a page shows a symbol: if it is public and has a docstring of its own"
+    module, name = re.match(r'(\w+\.\w+)\.(.*)', full).groups()
+    package = import_module(module)
+    made = attrgetter(name)(package)
+    if '.' not in name: return name in package.__all__ and bool(made.__doc__)
+    hidden = re.search(r'\._(?!_)', name) or hasattr(made, '__wrapped__') # by nbdev
+    return bool(made.__doc__ and not hidden)
 
 NAME = re.compile(r'(?<!\[)`([A-Za-z][\w.]*)(\(\))?`')
 
@@ -208,7 +212,8 @@ def link(self: Links,
     from nbdev.doclinks import NbdevLookup
     full = self.meant(match[1])
     if full and not described(full): full = full.rpartition('.')[0] # its class
-    return f'[{match[0]}]({NbdevLookup().doc(full)})' if full else match[0]
+    place = NbdevLookup().doc(full) if full else None
+    return f'[{match[0]}]({place})' if place else match[0]
 
 @patch
 def linked(self: Links,
