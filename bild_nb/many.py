@@ -119,6 +119,8 @@ def _apart(self: BigLittleDecoder, ids: list, batch: list, given: dict) -> list:
     is told without its neighbours. The `partial` of any other error is a dictionary"""
     settings = self._settings()
     tokens, mask = padded([ids[i] for i in batch], settings.pad or 0, settings.causal)
+    if settings.pad is not None and settings.pad not in settings.eos:
+        mask = None  # `generate` finds it, padding in the texts themselves included
     try: return self._cut(ids, batch, self.generate(tokens, mask, **given))
     except BaseException as e:
         bad = {batch[i] for i in getattr(e, 'errors', ())}
