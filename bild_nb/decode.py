@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL', 'TOGETHER', 'Turn', 'Trace', 'Output', 'check_tokenizers', 'check_pair', 'check_kinds', 'common',
            'BigLittleDecoder', 'Run', 'check_numbers', 'commit', 'unverified', 'sound', 'Batch',
            'GenerationInterrupted', 'telling', 'refuse', 'NoRoom', 'counted', 'check_ids', 'check_mask', 'strip', 'cut',
-           'length_limit', 'find_draws', 'plainly', 'check_prompt']
+           'check_counts', 'check_lengths', 'length_limit', 'find_draws', 'plainly', 'check_prompt']
 
 # %% ../nbs/02_decode.ipynb #def45e13
 import time, warnings
@@ -597,6 +597,25 @@ def cut(
     return ids[:, kept], None if mask is None else mask[:, kept]
 
 # %% ../nbs/02_decode.ipynb #c861816e
+def check_counts(**given # by name; None: not given
+                ):
+    "A `ValueError` for what is no whole number of at least 1"
+    for name, value in given.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is None or whole and value >= 1: continue
+        raise ValueError(f'{name}={value!r}: give a whole number of at least 1')
+
+def check_lengths(max_new_tokens=None, # of the longest text; None: not given
+                  max_length=None      # likewise, with what the text begins with
+                 ) -> dict:            # the one that is given, by name
+    "A `ValueError` for a length that no text can have: it is said once for all rows"
+    given = dict(max_new_tokens=max_new_tokens, max_length=max_length)
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1: raise ValueError('give max_new_tokens or max_length, not both')
+    check_counts(**given)
+    return given
+
+# %% ../nbs/02_decode.ipynb #0aed7d5d
 def length_limit(settings: Settings,  # of the pair; say what holds if nothing is given
                  max_new_tokens=None, # without the start tokens or prompt
                  max_length=None,     # with them; not both
@@ -606,20 +625,15 @@ def length_limit(settings: Settings,  # of the pair; say what holds if nothing i
                 ) -> int:             # tokens; a `ValueError` if no new one fits
     "The longest sequence, start tokens or prompt included"
     start = prompt or len(settings.start)
-    given = dict(max_new_tokens=max_new_tokens, max_length=max_length)
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) > 1: raise ValueError('give max_new_tokens or max_length, not both')
-    for name, value in given.items():
-        if not isinstance(value, (int, Integral)) or isinstance(value, bool):
-            raise ValueError(f'{name}={value!r}: give a whole number of tokens')
+    given = check_lengths(max_new_tokens, max_length)
     limit = settings.limit - padding if settings.limit else start + 128
     if settings.new: limit = start + settings.new
     if 'max_new_tokens' in given: limit = start + int(max_new_tokens)
     if 'max_length' in given: limit = int(max_length) - padding
     if limit <= start:
-        given, more = given or dict(max_length=settings.limit), ''
-        if prompt: more = f' behind a prompt of {prompt + padding} tokens'
-        raise ValueError(f'{name}{given}: at least one new token must fit{more}')
+        (what, value), = (given or dict(max_length=settings.limit)).items()
+        more = f' behind a prompt of {prompt + padding} tokens' if prompt else ''
+        raise ValueError(f'{name}{what}={value}: at least one new token must fit{more}')
     most = settings.positions or limit
     if limit > most and given:
         warnings.warn(f'this pair has {most} positions: no text gets longer')
@@ -672,6 +686,7 @@ def _batch(self: BigLittleDecoder, ids, mask, lengths, keep, seed, row,
     ids, mask = transfer(ids, mask)
     check_ids(ids, min(m.words for m in self._asked().values()))
     check_mask(mask, ids)
+    check_lengths(*lengths)
     prepare = import_module('bild_nb.generate').prepare if settings else plainly
     writer, ids, runs = prepare(self, ids, mask, lengths, seed, row, settings)
     batch = Batch(ids, runs, keep, self.large.device, writer)

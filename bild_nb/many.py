@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from fastcore.basics import patch
 from .decode import BigLittleDecoder, NoRoom, Output, TOGETHER
+from .decode import check_counts, check_ids, check_lengths
 
 # %% ../nbs/02c_many.ipynb #746ee248
 def cut_batches(
@@ -49,19 +50,26 @@ TOKENS = 2**13  # of a batch: sources and texts, for which keys and values are k
 @patch
 def each(self: BigLittleDecoder,
          ids: list, # (1, length) int64 each: sources, or prompts
-         max_new_tokens: int, # longest text, without start or prompt
+         max_new_tokens: int | None, # longest text, as of `generate`
          trace: bool = False, # as of `generate`
          seed: int | None = None, # as of `generate`
          most: int = TOGETHER, # rows of a batch
          rows: list | None = None, # numbers of the texts, for draws; None: from 0 on
          **settings # of `generate`: such texts are written one by one
         ): # pairs: the position of a text, its `Output` or its error
-    "Texts of any number of sources; of similar lengths together"
-    rows, drawn = rows or range(len(ids)), self.policy.draws
-    lengths = {i: x.shape[1] for i, x in enumerate(ids)}
+    """Texts of any number of sources; of similar lengths together. What is wrong with
+    a setting, or what is no text, is an error before any of them is written"""
+    check_lengths(max_new_tokens, settings.get('max_length'))
+    check_counts(most=most)
+    self._check_texts(ids, rows)
+    rows = rows or range(len(ids))
+    lengths = {i: x.shape[1] for i, x in enumerate(ids) if x.numel()}
+    for i in range(len(ids)):
+        if i in lengths: continue
+        yield i, ValueError('this text has no tokens: leave it out')
     batches = [[i] for i in lengths]
-    if self._joins() and not (drawn or settings):
-        batches = cut_batches(lengths, TOKENS, most, max_new_tokens)
+    if self._joins() and not settings:
+        batches = cut_batches(lengths, TOKENS, most, max_new_tokens or 128)
     given = dict(settings, max_new_tokens=max_new_tokens, trace=trace, seed=seed)
     while batches:
         batch, *batches = batches
@@ -74,6 +82,19 @@ def each(self: BigLittleDecoder,
             yield i, out
 
 # %% ../nbs/02c_many.ipynb #29e1ced8
+@patch
+def _check_texts(self: BigLittleDecoder, ids: list, rows):
+    "An error for what is no text, and names it; one without a token is a text"
+    words = min(m.words for m in self._asked().values())
+    for i, x in enumerate(ids):
+        try:
+            if getattr(x, 'shape', None) != (1, 0): check_ids(x, words)
+            if len(x) > 1: raise ValueError(f'{len(x)} rows: give each as (1, length)')
+        except (TypeError, ValueError, IndexError) as e:
+            raise type(e)(f'text {i}: {e}') from None
+    if rows and len(rows) != len(ids):
+        raise ValueError(f'{len(rows)} numbers for {len(ids)} texts: give one for each')
+
 @patch
 def _one(self: BigLittleDecoder, ids: Tensor, **given):
     "The `Output` of a text alone, or its error"
@@ -99,6 +120,8 @@ def _apart(self: BigLittleDecoder, ids: list, batch: list, given: dict) -> list:
     is told without its neighbours. The `partial` of any other error is a dictionary"""
     settings = self._settings()
     tokens, mask = padded([ids[i] for i in batch], settings.pad or 0, settings.causal)
+    if settings.pad is not None and settings.pad not in settings.eos:
+        mask = None  # `generate` finds it, padding in the texts themselves included
     try: return self._cut(ids, batch, self.generate(tokens, mask, **given))
     except BaseException as e:
         bad = {batch[i] for i in getattr(e, 'errors', ())}
