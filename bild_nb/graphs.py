@@ -489,7 +489,8 @@ def _send(self: GraphEngine,
           more: int = 0 # tokens that follow without the host
          ) -> tuple:    # their `Buffers`, the event behind the pass (None on a CPU)
     "Start a pass over some texts"
-    check_ids(torch.tensor([[token for x in new for token in x]]), self.words)
+    ids = torch.tensor([[token for x in new for token in x]], device='cpu')
+    check_ids(ids, self.words)
     for cache, i in zip(caches, at): check_position(i, cache.length)
     k = max(map(len, new))
     if len(caches) > 1: k = min(_double(k, 1), self.most)
