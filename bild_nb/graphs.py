@@ -135,7 +135,7 @@ def _make(self: GraphEngine, size: int, source: int, rows: int = 1) -> Buffers:
                 mask=self._zeros(rows, source),
                 length=self._zeros(rows, **whole),
                 never=self._zeros(self.words, **fp32),
-                line=self.decoder_bias.reach(size),
+                line=self._line(size),
                 inbox=self._zeros(letters, **whole, host=True),
                 asked=self._zeros(letters, **whole),
                 token=self._zeros(rows, **whole),
@@ -146,6 +146,11 @@ def _make(self: GraphEngine, size: int, source: int, rows: int = 1) -> Buffers:
                 work=self._work(rows*self.most))
     b.inbox[rows:2*rows] = b.one[:] = 1
     return b
+
+@patch
+def _line(self: GraphEngine, size: int) -> Tensor:
+    "What positions mean up to `size` tokens"
+    return self.decoder_bias.reach(size)
 
 @patch
 def _work(self: GraphEngine, tokens: int) -> dict:
@@ -210,7 +215,7 @@ def _queue(self: GraphEngine, rows: int) -> SimpleQueue:
 @patch
 def _take(self: GraphEngine, size: int, source: int, rows: int = 1) -> Buffers:
     "Free `Buffers` for `size` tokens and a source of `source`, or larger ones"
-    size, source = _double(size, self.size), _double(source, self.size)
+    size, source = _double(size, self.size), source and _double(source, self.size)
     try: found = self._queue(rows).get_nowait()
     except Empty: return self._make(size, source, rows)
     room = found.source.shape[4]
@@ -254,7 +259,7 @@ def _enlarge(self: GraphEngine, b: Buffers, n: int):
     "Make room for `n` tokens; what was recorded over less is of no use"
     kv = self._zeros(*b.kv.shape[:4], _double(n, self.size), self.d_kv)
     kv[..., :b.size, :] = b.kv
-    b.kv, b.line, b.runs, b.pool = kv, self.decoder_bias.reach(kv.shape[4]), {}, None
+    b.kv, b.line, b.runs, b.pool = kv, self._line(kv.shape[4]), {}, None
 
 # %% ../nbs/12_graphs.ipynb #6215da60
 @patch
@@ -330,6 +335,12 @@ def _by_torch(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor, many: Tens
         (q,) = split(layer.cross_q(layer.cross_norm(x)))
         x = x + layer.cross_o(self._attended(q, source, mask))
         x = layer.feed(x)
+    self._written(b, ids, x, places, many)
+
+@patch
+def _written(self: GraphEngine, b: Buffers, ids: Tensor, x: Tensor, places: Tensor,
+             many: Tensor):
+    "The logits of the last layer's `x` (rows*k), and what a policy reads of them"
     logits = b.work['logits'][:len(ids)]
     logits.copy_(self.head(self.norm(x))).add_(b.never)
     self._choose(b, logits, ids, places, many)
@@ -610,7 +621,8 @@ def warmup(self: GraphEngine,
     work = [('_read', k) for k in widths] + [('_steps', self.ahead)]
     with torch.inference_mode():
         b.inbox[:rows] = 0  # from the first position on
-        self.encode(torch.zeros(source, dtype=torch.int64, device=self.device))
+        ids = torch.zeros(source, dtype=torch.int64, device=self.device)
+        if hasattr(self, 'encoder'): self.encode(ids)
         for kind, n in progress(work): self._run(b, kind, n)
     self._queue(rows).put(b)
 
