@@ -254,6 +254,7 @@ def equality(at):
         golden(tally, at)
         not_a_number(tally, at)
         if at.cuda: tally.check("the stream of recordings is nobody else's", partial(recording_apart, at))
+        llamas(tally, at)
         for i, name in enumerate(models):
             if left() < 10:
                 tally.notes.append(f"left out for time: {', '.join(list(models)[i:])}")
@@ -389,6 +390,33 @@ def batches_of_texts(tally, name, cpu, pair, at):
         try: out = decoder.generate(rows, mask, max_new_tokens=new)
         except Exception as e: out = e
         for i, text in enumerate(texts): tally.check(f"{name}, {policy}, row {i} of a batch", partial(check, out, i, text))
+
+def llamas(tally, at):
+    "Models that continue a prompt, alone and as rows of a batch"
+    import torch
+    from bild_nb.causal import Causal
+    from bild_nb.causal_graphs import CausalGraphEngine
+    from bild_nb.decode import BigLittleDecoder
+    from bild_nb.testing import noisy, random_causal
+    g = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 39, (1, n), generator=g) for n in (3, 30, 12)]
+    rows = torch.cat([torch.nn.functional.pad(x, (30 - x.shape[1], 0)) for x in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(x), (30 - x.shape[1], 0)) for x in prompts])
+    for kind in ("llama", "qwen3", "gemma")[:at.pick(3, 1)]:
+        models = [random_causal(kind, 2, eos_token_id=39)]
+        models.append(noisy(models[0], 1, .2))
+        cpu, pair = [Causal(m) for m in models], [CausalGraphEngine(moved(m, at.device), size=16) for m in models]
+        for policy in ("large", "0.5,2"):
+            texts = [Text(cpu, policy, x) for x in prompts]
+            for text in texts: tally.check(f"{kind}, {policy}, a prompt of {text.ids.shape[1]}", partial(text.differs, pair, at.device))
+            out = BigLittleDecoder(*pair, policy).generate(rows.to(at.device), mask.to(at.device), max_new_tokens=20)
+            for i, text in enumerate(texts): tally.check(f"{kind}, {policy}, row {i} of a batch", partial(behind, out, i, text))
+
+def behind(out, i, text):
+    "What is wrong with row `i` behind its prompt, or None"
+    row, n = out.sequences[i].tolist(), text.ids.shape[1]
+    wrong = first_difference("token", row[30:30 + len(text.tokens) - n], text.tokens[n:]) or first_difference("pass", out.trace[i].log, text.log)
+    return f"near: {wrong}" if wrong and text.margin() < NEAR else wrong
 
 def not_a_number(tally, at):
     "Weights with NaN end a text with an error, by every policy that asks that model"

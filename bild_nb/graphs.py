@@ -70,7 +70,8 @@ class GraphEngine(Engine):
                  own: bool | None = None,    # our kernels; None: on a GPU with Triton
                  ahead: int = 1              # steps of a draft in one graph
                 ):
-        if most < 2: raise ValueError(f'most={most}: a pass must have room for two tokens')
+        if most < 2:
+            raise ValueError(f'most={most}: a pass must have room for two tokens')
         if most + 2*ahead > RING:  # a pass and two groups of steps are under way
             raise ValueError(f'most={most}, ahead={ahead}: most + 2*ahead must be at '
                              f'most {RING}')
@@ -295,7 +296,8 @@ def _move(self: GraphEngine, caches: list, rows: int, n: int) -> Loan:
 
 # %% ../nbs/12_graphs.ipynb #192a28f6
 @patch
-def _by_kernels(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor, many: Tensor):
+def _by_kernels(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor,
+                many: Tensor):
     "As `_fixed`, by our kernels"
     x, qkv, a, q, h, logits = (b.work[name][:len(ids)] for name in
                                ('x', 'qkv', 'a', 'q', 'h', 'logits'))
@@ -318,7 +320,8 @@ def _by_kernels(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor, many: Te
 
 # %% ../nbs/12_graphs.ipynb #02fc69a4
 @patch
-def _by_torch(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor, many: Tensor):
+def _by_torch(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor,
+              many: Tensor):
     "As `_by_kernels`, by PyTorch's operations"
     rows, heads, k = b.rows, self.heads, len(ids)//b.rows
     places = at[:, None] + torch.arange(k, device=self.device)  # (rows, k)
@@ -376,8 +379,8 @@ _recording = threading.Lock()
 
 @patch
 def _fixed(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor, many: Tensor):
-    """A pass over `ids` (rows*k) at positions `at` (rows) and on, `many` (rows) of which
-    are the row's own"""
+    """A pass over `ids` (rows*k) at positions `at` (rows) and on; `many` (rows) says how
+    many of the k are each row's own"""
     few = len(ids)//b.rows <= kernels.LONGEST and len(ids) <= kernels.MOST
     (self._by_kernels if self.own and few else self._by_torch)(b, ids, at, many)
 
@@ -419,7 +422,7 @@ def _event(self: GraphEngine):
 
 @patch
 def _recorded(self: GraphEngine, work, *state: Tensor, pool=None) -> tuple:
-    "A function that runs `work` as recorded, its memory; trials leave `state` as it was"
+    "A function that runs `work` as recorded, its memory; trials leave `state` alone"
     before = [t.clone() for t in state]
     def trial():
         work()
