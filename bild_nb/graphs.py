@@ -379,8 +379,8 @@ _recording = threading.Lock()
 
 @patch
 def _fixed(self: GraphEngine, b: Buffers, ids: Tensor, at: Tensor, many: Tensor):
-    """A pass over `ids` (rows*k) at positions `at` (rows) and on; `many` (rows) says how
-    many of the k are each row's own"""
+    """A pass over `ids` (rows*k) at positions `at` (rows) and on; `many` (rows) says
+    how many of the k are each row's own"""
     few = len(ids)//b.rows <= kernels.LONGEST and len(ids) <= kernels.MOST
     (self._by_kernels if self.own and few else self._by_torch)(b, ids, at, many)
 
