@@ -241,7 +241,7 @@ def sources(vocab, seed=0):
     return dict(short=(short, None), long=(long, None), holes=(long, mask))
 
 
-@step(90)
+@step(120)
 def equality(at):
     "Tokens and passes of the plain backend on the CPU, by every backend on the GPU in fp32"
     import torch
@@ -254,6 +254,7 @@ def equality(at):
         golden(tally, at)
         not_a_number(tally, at)
         if at.cuda: tally.check("the stream of recordings is nobody else's", partial(recording_apart, at))
+        llamas(tally, at)
         for i, name in enumerate(models):
             if left() < 10:
                 tally.notes.append(f"left out for time: {', '.join(list(models)[i:])}")
@@ -263,7 +264,8 @@ def equality(at):
             made = {backend: [decoder_for(m, backend=backend) for m in here] for backend in ("graphs", "engine", "plain")}
             texts(tally, name, cpu, made, at)
             if i >= at.pick(3, 1): continue
-            for more in (outgrown, interleaved, in_threads, batches_of_texts): more(tally, name, cpu, made["graphs"], at)
+            for more in (outgrown, interleaved, in_threads): more(tally, name, cpu, made["graphs"], at)
+            if i < 2: batches_of_texts(tally, name, cpu, made["graphs"], at)  # each number of rows compiles kernels of its own
     finally:
         at.write("equality", tally.report())
         print(f"{tally.cases} cases, {len(tally.failures)} wrong, {len(tally.near)} too near to call; {'; '.join(tally.notes)}")
@@ -366,28 +368,56 @@ def in_threads(tally, name, cpu, pair, at):
     for own in (False, True): tally.check(f"{name}, two threads{', a stream each' if own else ''}", partial(check, own))
 
 def batches_of_texts(tally, name, cpu, pair, at):
-    "Rows of a batch, where the loop takes one: the texts of the rows alone"
+    "Rows of a batch: the texts and the passes of the rows alone"
     import torch
     from bild_nb.decode import BigLittleDecoder
-    found = sources(cpu[0].words, 7)
-    (short, _), (long, _) = found["short"], found["long"]
-    width = long.shape[1]
-    rows, mask = torch.zeros(2, width, dtype=torch.int64), torch.zeros(2, width, dtype=torch.int64)
-    for i, x in enumerate((short, long)): rows[i, :x.shape[1]], mask[i, :x.shape[1]] = x[0], 1
-    for policy in ("large", "0.5,2"):
-        texts, decoder = [Text(cpu, policy, x) for x in (short, long)], BigLittleDecoder(*pair, policy)
-        try: out = decoder.generate(rows.to(at.device), mask.to(at.device), max_new_tokens=20)
-        except NotImplementedError as e:
-            note = f"batches: not there ({e})"
-            if note not in tally.notes: tally.notes.append(note)
-            return
+    from bild_nb.graphs import GraphEngine
+    pair = [GraphEngine(d.model, size=16) for d in pair]  # so that caches grow
+    found = [x for seed in (7, 8) for x in sources(cpu[0].words, seed).values()][1:]
+    width = max(ids.shape[1] for ids, _ in found)
+    def padded(x, by=0): return torch.nn.functional.pad(x[0], (0, width - x.shape[1]), value=by)
+    rows = torch.stack([padded(ids) for ids, _ in found]).to(at.device)
+    mask = torch.stack([padded(torch.ones_like(ids) if m is None else m) for ids, m in found]).to(at.device)
+    def check(out, i, text):
+        if isinstance(out, Exception): raise out
+        row, passes = out.sequences[i].tolist()[:len(text.tokens)], out.trace[i].log
+        wrong = first_difference("token", row, text.tokens) or first_difference("pass", passes, text.log)
+        return f"near: {wrong}" if wrong and text.margin() < NEAR else wrong
+    def together(decoder, policy):
+        if not decoder._joins(): return f"{policy} is decoded row by row"
+    for policy, new in (("large", 20), ("0.5,2", 40), ("lossless:0.5,max_draft=14", 20)):  # a draft of 14 is longer than a graph
+        texts, decoder = [Text(cpu, policy, *x, new=new) for x in found], BigLittleDecoder(*pair, policy)
+        tally.check(f"{name}, {policy}, together", partial(together, decoder, policy))
+        try: out = decoder.generate(rows, mask, max_new_tokens=new)
         except Exception as e: out = e
-        def check(i, text):
-            if isinstance(out, Exception): raise out
-            row = out.sequences[i].tolist()[:len(text.tokens)]
-            wrong = first_difference("token", row, text.tokens)
-            return f"near: {wrong}" if wrong and text.margin() < NEAR else wrong
-        for i, text in enumerate(texts): tally.check(f"{name}, {policy}, row {i} of a batch", partial(check, i, text))
+        for i, text in enumerate(texts): tally.check(f"{name}, {policy}, row {i} of a batch", partial(check, out, i, text))
+
+def llamas(tally, at):
+    "Models that continue a prompt, alone and as rows of a batch"
+    import torch
+    from bild_nb.causal import Causal
+    from bild_nb.causal_graphs import CausalGraphEngine
+    from bild_nb.decode import BigLittleDecoder
+    from bild_nb.testing import noisy, random_causal
+    g = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 39, (1, n), generator=g) for n in (3, 30, 12)]
+    rows = torch.cat([torch.nn.functional.pad(x, (30 - x.shape[1], 0)) for x in prompts])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(x), (30 - x.shape[1], 0)) for x in prompts])
+    for kind in ("llama", "qwen3", "gemma")[:at.pick(3, 1)]:
+        models = [random_causal(kind, 2, eos_token_id=39)]
+        models.append(noisy(models[0], 1, .2))
+        cpu, pair = [Causal(m) for m in models], [CausalGraphEngine(moved(m, at.device), size=16) for m in models]
+        for policy in ("large", "0.5,2"):
+            texts = [Text(cpu, policy, x) for x in prompts]
+            for text in texts: tally.check(f"{kind}, {policy}, a prompt of {text.ids.shape[1]}", partial(text.differs, pair, at.device))
+            out = BigLittleDecoder(*pair, policy).generate(rows.to(at.device), mask.to(at.device), max_new_tokens=20)
+            for i, text in enumerate(texts): tally.check(f"{kind}, {policy}, row {i} of a batch", partial(behind, out, i, text))
+
+def behind(out, i, text):
+    "What is wrong with row `i` behind its prompt, or None"
+    row, n = out.sequences[i].tolist(), text.ids.shape[1]
+    wrong = first_difference("token", row[30:30 + len(text.tokens) - n], text.tokens[n:]) or first_difference("pass", out.trace[i].log, text.log)
+    return f"near: {wrong}" if wrong and text.margin() < NEAR else wrong
 
 def not_a_number(tally, at):
     "Weights with NaN end a text with an error, by every policy that asks that model"
@@ -529,6 +559,64 @@ def batches(at):
     print("; ".join(notes))
     wrong = [note for note in notes if "not there" not in note]
     if wrong: raise AssertionError(wrong[0])
+
+
+@step(150)
+def rows(at):
+    "Texts in batches, rows that draft and roll back on their own, beside transformers"
+    import torch
+    from bild_nb.bench import bench_sources, endless, greedy_settings, open_model, quiet
+    from bild_nb.pair import decoder_for
+    from bild_nb.policy import Policy
+    names, new, length, found = at.pair(), at.pick(45, 5), at.pick(32, 8), []
+    models = [endless(open_model(name, which, at.device)[0]) for name, which in zip(names, ("large", "small"))]
+    pair = [decoder_for(m, backend="graphs") for m in models]
+    settings = greedy_settings(models[0], new, forced=True)
+    def hf(sources, first):
+        start = torch.tensor([[settings.decoder_start_token_id, token] for token in first], device=at.device)
+        with torch.inference_mode(): out = models[0].generate(sources, decoder_input_ids=start, generation_config=settings)
+        return out.tolist(), dict()
+    policies = {"large": Policy.large(), "BiLD": Policy.bild(.5, 2), "BiLD, at most 4": Policy.bild(.5, 2, max_draft=4), "lossless": Policy.lossless(.5)}
+    systems = {f"{name}, graphs": partial(in_batch, pair, policy, new) for name, policy in policies.items()} | {"transformers large": hf}
+    for batch in at.pick((1, 32, 8), (1, 3)):  # eight rows compile more kernels than 32 do
+        sources = torch.cat(bench_sources(None, batch, length, at.device))
+        first = list(range(3, 3 + 9*batch, 9))  # the planted text is a circle: each row begins elsewhere
+        runs, ms = {name: partial(f, sources, first) for name, f in systems.items()}, {name: [] for name in systems}
+        with quiet():
+            opening = each(lambda: [m.open(source[None]) for m in pair for source in sources], 1, at.pick(3, 1))/1e3
+            for f in runs.values(): f()  # records graphs
+            for turn in range(at.pick(3, 1)):
+                for name, f in runs.items():
+                    synchronize()
+                    started = time.perf_counter()
+                    texts, facts = f()
+                    synchronize()
+                    ms[name].append((time.perf_counter() - started)*1e3)
+                    if name == "large, graphs": base = texts
+                    same = sum(a == b for a, b in zip(texts, base))/batch
+                    if turn == 0: found.append(dict(batch=batch, source=length, new=new, system=name, same=same, **facts))
+        for row in found:
+            if row["batch"] != batch: continue
+            took = median(ms[row["system"]])
+            row |= dict(ms=took, repeats=ms[row["system"]], ms_a_token=took/new, tokens_s=batch*new/took*1e3, sources_ms=opening)
+            if at.cuda: row |= dict(memory_gb=torch.cuda.max_memory_reserved()/1e9, captures=[m.captures for m in pair])
+            print(f"batch {batch:2}, {row['system']:24} {took:9.2f} ms, {row['ms_a_token']:7.3f} ms a step of text, {row['tokens_s']:9.0f} tokens/s, same text {row['same']:.0%}")
+        at.write("rows", dict(large=names[0], small=names[1], systems=found))
+    wrong = [row for row in found if row["same"] < .9 and row["system"].startswith("lossless")]
+    if wrong: raise AssertionError(f"batch {wrong[0]['batch']}: lossless writes another text than the large model alone")
+
+def in_batch(pair, policy, new, sources, first):
+    "Our texts of a batch, each behind a first token of its own; their passes, and rows that rode along"
+    from collections import deque
+    from bild_nb.decode import BigLittleDecoder
+    decoder = BigLittleDecoder(*pair, policy)
+    batch = decoder._batch(sources, None, (new, None), False, None, 0, {})
+    for run, token in zip(batch.runs, first):
+        run.tokens.append(token)
+        run.limit += 1
+    with decoder._running(batch): deque(decoder._write(batch), 0)
+    passes = {f"{which}_passes": sum(getattr(run.trace, f"{which}_passes") for run in batch.runs) for which in ("large", "small")}
+    return [run.tokens for run in batch.runs], dict(passes, wasted=batch.wasted)
 
 
 # ---------------------------------------------------------------- 6. the shipped pair

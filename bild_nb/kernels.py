@@ -386,8 +386,8 @@ def _write(x, w, g, never, out, most, where, total, M, N, K: tl.constexpr, eps,
 
 # %% ../nbs/11b_kernels.ipynb #29e1b0f6
 @jit
-def _choose(most, where, total, logits, ids, at, out, next_id, next_at, k, N, SHARES,
-            RING, BS: tl.constexpr, EARLY: tl.constexpr):
+def _choose(most, where, total, logits, ids, at, many, out, next_id, next_at, k, N,
+            SHARES, RING, BS: tl.constexpr, EARLY: tl.constexpr):
     "What a policy reads of one token of one row"
     _wait(EARLY)
     m = tl.program_id(0)
@@ -407,7 +407,7 @@ def _choose(most, where, total, logits, ids, at, out, next_id, next_at, k, N, SH
     tl.store(to, token.to(tl.float32))
     tl.store(to + 1, tl.exp(-log))
     tl.store(to + 2, log + top - z)
-    if i == k - 1:
+    if i == tl.load(many + row) - 1:
         tl.store(next_id + row, token.to(tl.int64))
         tl.store(next_at + row, place + 1)
 
@@ -447,6 +447,7 @@ def choose(
     logits: Tensor,  # (M, vocabulary)
     ids: Tensor,     # (M) that were read
     at: Tensor,      # (rows) position of the first
+    many: Tensor,    # (rows) how many of the k are the row's own, at least 1
     out: Tensor,     # (rows, ring, 3) fp32: token, probability, distance of the next id
     next_id: Tensor, # (rows) int64, may be `ids` if each row has one
     next_at: Tensor  # (rows) int64, may be `at`
@@ -454,6 +455,6 @@ def choose(
     "What a policy reads, into the places of the tokens' positions"
     M, N = logits.shape
     n = shares(N)
-    _choose[M,](*parts, logits, ids, at, out, next_id, next_at, M//len(at), N, n,
+    _choose[M,](*parts, logits, ids, at, many, out, next_id, next_at, M//len(at), N, n,
                 out.shape[1], BS=triton.next_power_of_2(n), num_warps=8,
                 **_early(logits.device))
