@@ -332,7 +332,6 @@ def begin(self: Following,
     ids = forced(asked.input_ids.cpu(), settings, may)
     mask = mask if settings.causal else torch.ones_like(ids)
     _, runs = self._prompts(settings, ids, mask, (None, settings.limit))
-    refuse_rows({i: run.error for i, run in enumerate(runs) if run.error})
     if settings.pad is None and len(runs) > 1:
         raise ValueError('rows that end at different places need a pad_token_id')
     own = EosTokenCriteria, MaxLengthCriteria  # the loop's
@@ -455,6 +454,7 @@ def write(pair: BigLittleDecoder, # whose models and policy write
     sources = [()]*rows if both.causal else sources_of(asked)
     both = replace(both, never=())  # only what this call's config says
     ids, runs = bild.begin(both, mask.cpu(), seed, 0, keep, streamer)
+    refuse_rows({i: run.error for i, run in enumerate(runs) if run.error})
     for run, source in zip(runs, sources): run.source = source
     batch = Batch(ids, runs, trace, asked.input_ids.device, bild)
     with bild._running(batch): deque(bild._write(batch), 0)
@@ -633,7 +633,8 @@ def prepare(
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
     starts, runs = writer.begin(both, mask, seed, row)
     for i, run in enumerate(runs if not both.causal else ()):
-        run.source = strip(ids[i:i + 1], mask[i:i + 1], run.name)
+        try: run.source = strip(ids[i:i + 1], mask[i:i + 1], run.name)
+        except ValueError as e: run.error = e
     return writer, starts, runs
 
 # %% ../nbs/05_generate.ipynb #a758ca2f

@@ -62,12 +62,12 @@ def each(self: BigLittleDecoder,
     check_lengths(max_new_tokens, settings.get('max_length'))
     check_counts(most=most)
     self._check_texts(ids, rows)
-    rows, drawn = rows or range(len(ids)), self.policy.draws
+    rows = rows or range(len(ids))
     lengths = {i: x.shape[1] for i, x in enumerate(ids) if x.numel()}
     for i in range(len(ids)):
         if i not in lengths: yield i, ValueError('this text has no tokens: leave it out')
     batches = [[i] for i in lengths]
-    if self._joins() and not (drawn or settings):
+    if self._joins() and not settings:
         batches = cut_batches(lengths, TOKENS, most, max_new_tokens or 128)
     given = dict(settings, max_new_tokens=max_new_tokens, trace=trace, seed=seed)
     while batches:
@@ -119,6 +119,8 @@ def _apart(self: BigLittleDecoder, ids: list, batch: list, given: dict) -> list:
     is told without its neighbours. The `partial` of any other error is a dictionary"""
     settings = self._settings()
     tokens, mask = padded([ids[i] for i in batch], settings.pad or 0, settings.causal)
+    if settings.pad is not None and settings.pad not in settings.eos:
+        mask = None  # `generate` finds it, padding in the texts themselves included
     try: return self._cut(ids, batch, self.generate(tokens, mask, **given))
     except BaseException as e:
         bad = {batch[i] for i in getattr(e, 'errors', ())}
