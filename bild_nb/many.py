@@ -65,7 +65,8 @@ def each(self: BigLittleDecoder,
     rows = rows or range(len(ids))
     lengths = {i: x.shape[1] for i, x in enumerate(ids) if x.numel()}
     for i in range(len(ids)):
-        if i not in lengths: yield i, ValueError('this text has no tokens: leave it out')
+        if i in lengths: continue
+        yield i, ValueError('this text has no tokens: leave it out')
     batches = [[i] for i in lengths]
     if self._joins() and not settings:
         batches = cut_batches(lengths, TOKENS, most, max_new_tokens or 128)
