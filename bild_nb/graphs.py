@@ -486,7 +486,7 @@ def encode(self: GraphEngine,
     try: r = free.get_nowait()
     except Empty: r = self._record_encoder(_double(n, 16))
     if r.done: torch.cuda.current_stream().wait_event(r.done)
-    r.ids[:n] = ids  # what is behind them is masked
+    r.ids[:n], r.ids[n:] = ids, ids[-1]  # masked; another text's token may be NaN
     r.mask[..., :n], r.mask[..., n:] = 0 if mask is None else mask, -torch.inf
     r.run()
     out = r.out[:n].clone()
