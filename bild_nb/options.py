@@ -184,8 +184,8 @@ Device = option(str, 'DEV', 'cpu, cuda, cuda:1', 'a GPU where there is one')
 Threads = option(int, 'N', 'threads of the CPU', 'measured, or as torch chooses', min=1)
 Dtype = option(str, 'T', 'fp32, bf16, fp16 or int8; two as LARGE,SMALL')
 KeysValues = option(str, 'T', 'keys and values: fp32, bf16 or int8 (native only)')
-Backend = option(str, 'B', 'auto, plain (transformers), or for T5 and mT5: engine, '
-                 'native (C, on a CPU), graphs (on a GPU)')
+Backend = option(str, 'B', 'auto, plain (transformers), engine (T5, mT5, Llama and '
+                 'kin), or for T5 and mT5: native (C, on a CPU), graphs (on a GPU)')
 
 # %% ../nbs/87_options.ipynb #263f5fc5
 def read_precision(dtype: str,  # of `--dtype`, e.g. `fp32` or `bf16,int8`
