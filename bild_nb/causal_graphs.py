@@ -86,7 +86,7 @@ def _by_torch(self: CausalGraphEngine, b: Buffers, ids: Tensor, at: Tensor,
     self._written(b, ids, x, places, many)
 
 def by_row(x: Tensor, # (rows*k, heads, d)
-           rows: int
+           rows: int  # of them
           ) -> Tensor: # (rows, heads, k, d)
     "The tokens of each row, head by head"
     return x.unflatten(0, (rows, -1)).transpose(1, 2)
