@@ -338,6 +338,7 @@ def bleu_by_command(records # of a system
                               capture_output=True, text=True)
     return dict(bleu=float(said.stdout))
 
+# %% ../nbs/98_testing.ipynb #1121c8ad
 def rouge_by_hand(records # of a system
                  ) -> dict: # `rougeL`, `rougeLsum`
     "The means of rouge-score's own, sentences split by `regex`"
