@@ -272,6 +272,17 @@ def finish(
     counts['empty'] = sum(not text.strip() for text in targets)
     write_result(out, rows, targets, {**settings, 'counts': counts})
 
+# %% ../nbs/22_calibrate.ipynb #c21bbd55
+def writer(model, tokenizer, ids:dict, names, max_new_tokens:int):
+    "From the positions of a batch's texts to their outputs"
+    write = looped if isinstance(model, Model) else outputs
+    def decode(batch):
+        found = write(model, tokenizer, [ids[i] for i in batch], max_new_tokens)
+        for i, e in found.errors.items():
+            warnings.warn(f'{names[batch[i]]}: {e}; its target stays empty')
+        return found
+    return decode
+
 # %% ../nbs/22_calibrate.ipynb #0c85c242
 def calibrate(
     model, # the large model, of transformers or as a `Model` that serves several texts
@@ -300,12 +311,7 @@ def calibrate(
         license=license)
     ids = source_ids(tokenizer, rows['source'][:], prefix, max_source)
     batches = cut_batches({i: len(x) for i, x in ids.items()}, max_tokens)
-    def decode(batch):
-        write = looped if isinstance(model, Model) else outputs
-        found = write(model, tokenizer, [ids[i] for i in batch], max_new_tokens)
-        for i, e in found.errors.items():
-            warnings.warn(f'{rows["id"][batch[i]]}: {e}; its target stays empty')
-        return found
+    decode = writer(model, tokenizer, ids, rows['id'], max_new_tokens)
     siblings = Siblings()
     folder = Folder(out, settings, WORK, RESULT, siblings, restart, begun_with)
     with folder.held():

@@ -101,9 +101,9 @@ def system_row(name: str,        # of the system
     counts = shares([f['trace'] for f in found])
     ms, large_ms = (sum(sum(f['ms']) for f in texts) for texts in (found, large))
     alone = [tokenizer.decode(f['tokens'], skip_special_tokens=True) for f in large]
-    bleu, agreement = [BLEU().corpus_score(texts, [goal]).score
+    bleu, likeness = [BLEU().corpus_score(texts, [goal]).score
                        for goal in (references, alone)]
-    row = dict(system=name, policy=policy, bleu=bleu, agreement=agreement,
+    row = dict(system=name, policy=policy, bleu=bleu, likeness=likeness,
                speedup=large_ms/ms)
     for share in ('fallback_share', 'rollback_share', 'large_passes_per_token'):
         row[share] = counts[share]
@@ -111,7 +111,7 @@ def system_row(name: str,        # of the system
 
 # %% ../nbs/89_demo.ipynb #e8e3b8ca
 COLUMNS = {'system': '{system}', 'thresholds': '{policy}', 'BLEU': '{bleu:.1f}',
-           'agreement': '{agreement:.1f}', 'speed-up': '{speedup:.2f}x',
+           'likeness': '{likeness:.1f}', 'speed-up': '{speedup:.2f}x',
            'fallbacks': '{fallback_share:.1%}',
            'rollbacks': '{rollback_share:.1%}',
            'large passes / token': '{large_passes_per_token:.2f}',
@@ -145,7 +145,7 @@ def footnotes(pair,   # whose models write
             'Speed-up: time of the large model / time of the system.',
             'Thresholds: fallback, rollback. Fallbacks and rollbacks (on the page): '
             'share of the new tokens. '
-            'Agreement: BLEU against the texts of the large model.',
+            'Likeness: BLEU against the texts of the large model.',
             f'BLEU: {bleu.get_signature()}', hardware(pair)]
 
 # %% ../nbs/89_demo.ipynb #eea10597

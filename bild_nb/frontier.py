@@ -239,10 +239,10 @@ def values(s: System,      # of n texts
            what: str,      # a name, see below
            W               # (1 + draws, n) of `draws`
           ) -> np.ndarray: # (1 + draws,)
-    "`ms`, `clock`, `same` a text, `passes` a token, or BLEU: `agreement`, `score`"
+    "`ms`, `clock`, `same` a text, `passes` a token, or BLEU: `likeness`, `score`"
     if what in ('ms', 'clock', 'same'): return W @ getattr(s, what)/W.sum(-1)
     if what == 'passes': return W @ s.large/(W @ s.new)
-    stats, bleu = s.like if what == 'agreement' else s.stats, find_metric('bleu')
+    stats, bleu = s.like if what == 'likeness' else s.stats, find_metric('bleu')
     at = bleu.names.index(bleu.main)
     return score_samples(bleu, stats, W)[1][:, at]
 
