@@ -107,7 +107,8 @@ def next_steps(data: str, # as the command line has it
         ['translate', '-', '--large', large, '--small', aligned]]
     lines = [shlex.join(map(str, ['bild', *words])) for words in steps]
     said = '' if valid else ' (HELD-OUT: texts that no training has seen)'
-    return '\n'.join([f'{large} and {small} are trained. What comes next{said}:', *lines])
+    head = f'{large} and {small} are trained. What comes next{said}:'
+    return '\n'.join([head, *lines])
 
 # %% ../nbs/88_making.ipynb #bf549673
 PRECISIONS = 'fp32', 'bf16', 'fp16', 'int8'
