@@ -170,9 +170,10 @@ def on_hub(
             if found.info.builder_name not in ('csv', 'text'): return found, name
             tried.append(f'{name}: CSV or plain text, which is read from a folder only')
     why = '; '.join(tried) or 'no network, and not in the cache'
-    raise ValueError(f'{where} could not be loaded from the hub ({why}): download it, '
-                     f'where there is a network (hf download --repo-type dataset '
-                     f'{where}), and name its folder with --data')
+    raise ValueError(f'{where} is no folder or file here and could not be loaded from '
+                     f'the hub ({why}): if it is there, download it where there is a '
+                     f'network (hf download --repo-type dataset {where}), and name '
+                     'its folder with --data (align: --calibration)')
 
 # %% ../nbs/29_data.ipynb #ab44f90b
 def on_disk(

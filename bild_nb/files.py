@@ -145,6 +145,7 @@ def header(
     "The names of the columns; a `ValueError` where the first line has others"
     rows = cells(file)
     n, first = next(rows, (1, []))
+    if not first: raise ValueError(f'{file} is empty')
     names = first
     if by_position(wanted):
         names = [str(i) for i in range(1, len(first) + 1)]
@@ -153,12 +154,15 @@ def header(
         if asked and {*asked} <= {*USUAL['any']}:
             raise ValueError(f'{file}: the first line is a header, {list(asked)}: '
                              'name columns, not positions')
-    for role, name in wanted.items(): choose(file, names, role, name, POSITIONS)
+    hint = POSITIONS if len(first) > 1 else ONE_COLUMN
+    for role, name in wanted.items(): choose(file, names, role, name, hint)
     return distinct(file, names), rows
 
 # %% ../nbs/28_files.ipynb #35c089d4
 POSITIONS = (' or, if the first line is text and no header, by position: '
              '--source-column 1 --target-column 2')
+ONE_COLUMN = ("; this one seems to have a single column: a CSV's are separated by "
+              "commas, a TSV's by tabs")
 
 def by_position(wanted: dict) -> bool:
     "Whether columns are named by position"

@@ -44,7 +44,6 @@ Hours = option(float, 'H', 'hours; stop before, at the end of an epoch', 'no lim
 Shares = flag('--share-encoder', "the small model reads the large one's encoder, "
               'without one of its own')
 
-
 # %% ../nbs/88_making.ipynb #c6daffe1
 @command('bild train texts.tsv --out runs/mine')
 def train(
@@ -82,30 +81,34 @@ def train(
     made = train_pair(pairs, out, held, size, epochs, max_hours, vocab, seed, restart,
                       share_encoder=share_encoder)
     if not state.is_main_process: return
-    text = next_steps(data, task, out) if made['finished'] else pair_note(made)
+    text = next_steps(data, task, out, valid) if made['finished'] else pair_note(made)
     answer(dict(out=str(out), left_out=left_out, **made), text, as_json)
 
 # %% ../nbs/88_making.ipynb #592074f6
 def next_steps(data: str, # as the command line has it
                task,      # a `Task`, that says how to read the data
-               out: Path  # what `bild train` made
+               out: Path, # what `bild train` made
+               valid=None # other texts, if it had some
               ) -> str:   # a line of a shell each
     "The commands that lead from two models to a pair"
     large, small, aligned = (out/name for name in ('large', 'small', 'aligned'))
-    read = ['text', '--data', data]
-    if task.split != 'train': read += ['--split', task.split]
+    read = ['--split', task.split] if task.split != 'train' else []
     if task.config: read += ['--config', task.config]
     if task.source: read += ['--source-column', task.source]
     target = ['--target-column', task.target] if task.target else []
     steps = [
-        ['calibrate', *read, '--large', large, '--out', out/'calibration'],
+        ['calibrate', 'text', '--data', data, *read, '--large', large,
+         '--out', out/'calibration'],
         ['align', '--calibration', out/'calibration', '--large', large,
          '--small', small, '--out', aligned],
-        ['tune', *read, *target, '--large', large, '--small', aligned,
-         '--max-drop', '0.5', '--out', out/'tuned'],
+        ['tune', 'text', '--data', valid or 'HELD-OUT', *read, *target,
+         '--large', large, '--small', aligned, '--max-drop', '0.5',
+         '--out', out/'tuned'],
         ['translate', '-', '--large', large, '--small', aligned]]
     lines = [shlex.join(map(str, ['bild', *words])) for words in steps]
-    return '\n'.join([f'{large} and {small} are trained. What comes next:', *lines])
+    said = '' if valid else ' (HELD-OUT: texts that no training has seen)'
+    head = f'{large} and {small} are trained. What comes next{said}:'
+    return '\n'.join([head, *lines])
 
 # %% ../nbs/88_making.ipynb #bf549673
 PRECISIONS = 'fp32', 'bf16', 'fp16', 'int8'

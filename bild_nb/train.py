@@ -217,7 +217,10 @@ def pair_note(
                      f'{m["bleu"]:.1f} on {result["held_out"]} held-out pairs')
     lines.append('a step of the small model takes '
                  f'{result["step_ms"]["ratio"]:.2f} of one of the large')
-    if result['small']['bleu'] >= result['large']['bleu']:
+    if result['large']['bleu'] < 1:
+        lines.append('the large model has learnt next to nothing: give it more text, '
+                     'or more epochs')
+    elif result['small']['bleu'] >= result['large']['bleu']:
         lines.append('the small model is as good as the large one: use it alone, or '
                      'train on more text')
     else: lines.append('next: calibrate, align and tune them')

@@ -277,7 +277,8 @@ def halves(rows: Rows,    # examples
     """Two disjoint random sets of examples, smaller where there are not enough; a
     `ValueError` for fewer than four"""
     if len(rows) < 4:
-        raise ValueError(f'{len(rows)} examples are too few to search and confirm')
+        raise ValueError(f'{len(rows)} examples are too few to search and confirm: '
+                         'give at least four')
     if n + held > len(rows):
         share = len(rows)/(n + held)
         n, held = max(2, int(n*share)), max(2, int(held*share))
