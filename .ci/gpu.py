@@ -59,11 +59,13 @@ class At:
         if dry:
             tiny = dict(num_layers=2, num_heads=2, d_model=64, d_ff=64, d_kv=16)
             SHAPES["tiny"], SHAPES["mt5-tiny"] = tiny, tiny
+            SHAPES["llama-tiny"] = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64,
+                                        intermediate_size=96, vocab_size=32000)
 
     def pair(self, kind="t5"):
         "Names of shapes"
-        if self.dry: return ("mt5-tiny", "mt5-tiny") if kind == "mt5" else ("tiny", "tiny")
-        return f"{kind}-large", f"{kind}-small"
+        if self.dry: return ("tiny", "tiny") if kind == "t5" else (f"{kind}-tiny", f"{kind}-tiny")
+        return ("llama-8b", "llama-1b") if kind == "llama" else (f"{kind}-large", f"{kind}-small")
 
     def pick(self, full, dry): return dry if self.dry else full
 
@@ -492,25 +494,25 @@ def tries(seconds, static):
     "Tries a system; a compiled one three times: it compiles, then records"
     def attempt(f):
         name = getattr(f.func, "__qualname__", "").split(".")[0]
-        if name == "hf_static" and not static: raise RuntimeError("compiled for T5 and short sources only")
+        if name == "hf_static" and not static: raise RuntimeError("compiled for short sources only, of mT5 for none")
         started = time.perf_counter()
         with limit(seconds, "its warm-up"):
             for _ in range(3 if name == "hf_static" else 1): f()
         if name == "hf_static": print(f"static cache: compiled in {time.perf_counter() - started:.0f} s")
     return attempt
 
-def beside_peers(at, kind):
-    "The bench at two lengths of a source"
+def beside_peers(at, kind, first):
+    "The bench at two lengths of a source; the folders are `first` and `first`-800"
     from bild_nb.bench import KINDS, bench, bench_table
     from bild_nb.safe import write_json
     large, small = at.pair(kind)
-    plans = [(f"{kind}-large", at.pick(32, 8), 2, at.pick(3, 1)), (f"{kind}-large-800", at.pick(800, 20), 1, at.pick(3, 1))]
-    if at.dry and kind != "t5": plans.pop()  # for time
+    plans = [(first, at.pick(32, 8), 2, at.pick(3, 1)), (f"{first}-800", at.pick(800, 20), 1, at.pick(3, 1))]
+    if at.dry and kind == "mt5": plans.pop()  # for time
     wrong = []
     for folder, length, n, repeats in plans:
         out = at.out/folder
         out.mkdir(parents=True, exist_ok=True)
-        attempt = tries(60, static=folder == "t5-large")  # compiling takes long
+        attempt = tries(60, static=folder in ("t5-large", "llama"))  # compiling takes long
         run = bench(large, small, out=out, n=n, length=length, new=at.pick(45, 9), repeats=repeats,
                     device=at.device, kinds=KINDS["cuda"], attempt=attempt)
         run |= dict(hardware=at.machine(), length=length, batch=1, dry=at.dry)
@@ -522,7 +524,7 @@ def beside_peers(at, kind):
     if wrong: raise AssertionError(wrong[0])
 
 @step(150)
-def t5_large(at): beside_peers(at, "t5")
+def t5_large(at): beside_peers(at, "t5", "t5-large")
 
 
 # ---------------------------------------------------------------- 5. batches
@@ -564,26 +566,30 @@ def batches(at):
 @step(150)
 def rows(at):
     "Texts in batches, rows that draft and roll back on their own, beside transformers"
+    in_batches(at, "t5", "rows", at.pick(32, 8))
+
+def in_batches(at, kind, folder, length):
+    "Texts of a pair in batches of sources or prompts of `length` tokens"
     import torch
-    from bild_nb.bench import bench_sources, endless, greedy_settings, open_model, quiet
-    from bild_nb.pair import decoder_for
+    from bild_nb.bench import as_graphs, bench_sources, endless, greedy_settings, open_model, quiet
     from bild_nb.policy import Policy
-    names, new, length, found = at.pair(), at.pick(45, 5), at.pick(32, 8), []
+    names, new, found, causal = at.pair(kind), at.pick(45, 5), [], kind == "llama"
     models = [endless(open_model(name, which, at.device)[0]) for name, which in zip(names, ("large", "small"))]
-    pair = [decoder_for(m, backend="graphs") for m in models]
+    pair = [as_graphs(m) for m in models]
     settings = greedy_settings(models[0], new, forced=True)
     def hf(sources, first):
-        start = torch.tensor([[settings.decoder_start_token_id, token] for token in first], device=at.device)
-        with torch.inference_mode(): out = models[0].generate(sources, decoder_input_ids=start, generation_config=settings)
+        more = {}  # a prompt ends with a token of its own
+        if not causal: more["decoder_input_ids"] = torch.tensor([[settings.decoder_start_token_id, token] for token in first], device=at.device)
+        with torch.inference_mode(): out = models[0].generate(sources, generation_config=settings, **more)
         return out.tolist(), dict()
     policies = {"large": Policy.large(), "BiLD": Policy.bild(.5, 2), "BiLD, at most 4": Policy.bild(.5, 2, max_draft=4), "lossless": Policy.lossless(.5)}
     systems = {f"{name}, graphs": partial(in_batch, pair, policy, new) for name, policy in policies.items()} | {"transformers large": hf}
     for batch in at.pick((1, 32, 8), (1, 3)):  # eight rows compile more kernels than 32 do
         sources = torch.cat(bench_sources(None, batch, length, at.device))
-        first = list(range(3, 3 + 9*batch, 9))  # the planted text is a circle: each row begins elsewhere
+        first = [None if causal else token for token in range(3, 3 + 9*batch, 9)]  # the planted text is a circle: each row begins elsewhere
         runs, ms = {name: partial(f, sources, first) for name, f in systems.items()}, {name: [] for name in systems}
         with quiet():
-            opening = each(lambda: [m.open(source[None]) for m in pair for source in sources], 1, at.pick(3, 1))/1e3
+            opening = None if causal else each(lambda: [m.open(source[None]) for m in pair for source in sources], 1, at.pick(3, 1))/1e3
             for f in runs.values(): f()  # records graphs
             for turn in range(at.pick(3, 1)):
                 for name, f in runs.items():
@@ -601,17 +607,18 @@ def rows(at):
             row |= dict(ms=took, repeats=ms[row["system"]], ms_a_token=took/new, tokens_s=batch*new/took*1e3, sources_ms=opening)
             if at.cuda: row |= dict(memory_gb=torch.cuda.max_memory_reserved()/1e9, captures=[m.captures for m in pair])
             print(f"batch {batch:2}, {row['system']:24} {took:9.2f} ms, {row['ms_a_token']:7.3f} ms a step of text, {row['tokens_s']:9.0f} tokens/s, same text {row['same']:.0%}")
-        at.write("rows", dict(large=names[0], small=names[1], systems=found))
+        at.write(folder, dict(large=names[0], small=names[1], systems=found))
     wrong = [row for row in found if row["same"] < .9 and row["system"].startswith("lossless")]
     if wrong: raise AssertionError(f"batch {wrong[0]['batch']}: lossless writes another text than the large model alone")
 
 def in_batch(pair, policy, new, sources, first):
-    "Our texts of a batch, each behind a first token of its own; their passes, and rows that rode along"
+    "Our texts of a batch, each behind a first token of its own, if it has one; their passes, and rows that rode along"
     from collections import deque
     from bild_nb.decode import BigLittleDecoder
     decoder = BigLittleDecoder(*pair, policy)
     batch = decoder._batch(sources, None, (new, None), False, None, 0, {})
     for run, token in zip(batch.runs, first):
+        if token is None: continue
         run.tokens.append(token)
         run.limit += 1
     with decoder._running(batch): deque(decoder._write(batch), 0)
@@ -681,7 +688,14 @@ def shipped_scores(table, rows, known, bleu):
 # ---------------------------------------------------------------- 7. a second pair, and where the time goes
 
 @step(120)
-def mt5_large(at): beside_peers(at, "mt5")
+def mt5_large(at): beside_peers(at, "mt5", "mt5-large")
+
+@step(150)
+def llama(at):
+    "Llama 8B with 1B: batches, then one text beside those of peers"
+    in_batches(at, "llama", "llama-rows", at.pick(32, 8))
+    clean(at)
+    beside_peers(at, "llama", "llama")
 
 @step(40)
 def profile(at):
