@@ -865,7 +865,7 @@ class Attends:
 
 @step(30)
 def attention(at):
-    "us of a layer's attention at T5-large's heads: our kernel, PyTorch's operations, SDPA, FlexAttention"
+    "µs of a layer's attention at T5-large's heads: our kernel, PyTorch's operations, SDPA, FlexAttention"
     import torch
     found, notes = [], []
     cases = [(over, n, k) for n in at.pick((800, 32), (20, 8)) for over in ("itself", "source") for k in (8, 1, 2, 4, 11)]
