@@ -59,11 +59,13 @@ class At:
         if dry:
             tiny = dict(num_layers=2, num_heads=2, d_model=64, d_ff=64, d_kv=16)
             SHAPES["tiny"], SHAPES["mt5-tiny"] = tiny, tiny
+            SHAPES["llama-tiny"] = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64,
+                                        intermediate_size=96, vocab_size=32000)
 
     def pair(self, kind="t5"):
         "Names of shapes"
-        if self.dry: return ("mt5-tiny", "mt5-tiny") if kind == "mt5" else ("tiny", "tiny")
-        return f"{kind}-large", f"{kind}-small"
+        if self.dry: return ("tiny", "tiny") if kind == "t5" else (f"{kind}-tiny", f"{kind}-tiny")
+        return ("llama-8b", "llama-1b") if kind == "llama" else (f"{kind}-large", f"{kind}-small")
 
     def pick(self, full, dry): return dry if self.dry else full
 
@@ -492,25 +494,25 @@ def tries(seconds, static):
     "Tries a system; a compiled one three times: it compiles, then records"
     def attempt(f):
         name = getattr(f.func, "__qualname__", "").split(".")[0]
-        if name == "hf_static" and not static: raise RuntimeError("compiled for T5 and short sources only")
+        if name == "hf_static" and not static: raise RuntimeError("compiled for short sources only, of mT5 for none")
         started = time.perf_counter()
         with limit(seconds, "its warm-up"):
             for _ in range(3 if name == "hf_static" else 1): f()
         if name == "hf_static": print(f"static cache: compiled in {time.perf_counter() - started:.0f} s")
     return attempt
 
-def beside_peers(at, kind):
-    "The bench at two lengths of a source"
+def beside_peers(at, kind, first):
+    "The bench at two lengths of a source; the folders are `first` and `first`-800"
     from bild_nb.bench import KINDS, bench, bench_table
     from bild_nb.safe import write_json
     large, small = at.pair(kind)
-    plans = [(f"{kind}-large", at.pick(32, 8), 2, at.pick(3, 1)), (f"{kind}-large-800", at.pick(800, 20), 1, at.pick(3, 1))]
+    plans = [(first, at.pick(32, 8), 2, at.pick(3, 1)), (f"{first}-800", at.pick(800, 20), 1, at.pick(3, 1))]
     if at.dry and kind != "t5": plans.pop()  # for time
     wrong = []
     for folder, length, n, repeats in plans:
         out = at.out/folder
         out.mkdir(parents=True, exist_ok=True)
-        attempt = tries(60, static=folder == "t5-large")  # compiling takes long
+        attempt = tries(60, static=folder in ("t5-large", "llama"))  # compiling takes long
         run = bench(large, small, out=out, n=n, length=length, new=at.pick(45, 9), repeats=repeats,
                     device=at.device, kinds=KINDS["cuda"], attempt=attempt)
         run |= dict(hardware=at.machine(), length=length, batch=1, dry=at.dry)
@@ -522,7 +524,7 @@ def beside_peers(at, kind):
     if wrong: raise AssertionError(wrong[0])
 
 @step(150)
-def t5_large(at): beside_peers(at, "t5")
+def t5_large(at): beside_peers(at, "t5", "t5-large")
 
 
 # ---------------------------------------------------------------- 5. batches
@@ -564,26 +566,30 @@ def batches(at):
 @step(150)
 def rows(at):
     "Texts in batches, rows that draft and roll back on their own, beside transformers"
+    in_batches(at, "t5", "rows", at.pick(32, 8))
+
+def in_batches(at, kind, folder, length):
+    "Texts of a pair in batches of sources or prompts of `length` tokens"
     import torch
-    from bild_nb.bench import bench_sources, endless, greedy_settings, open_model, quiet
-    from bild_nb.pair import decoder_for
+    from bild_nb.bench import as_graphs, bench_sources, endless, greedy_settings, open_model, quiet
     from bild_nb.policy import Policy
-    names, new, length, found = at.pair(), at.pick(45, 5), at.pick(32, 8), []
+    names, new, found, causal = at.pair(kind), at.pick(45, 5), [], kind == "llama"
     models = [endless(open_model(name, which, at.device)[0]) for name, which in zip(names, ("large", "small"))]
-    pair = [decoder_for(m, backend="graphs") for m in models]
+    pair = [as_graphs(m) for m in models]
     settings = greedy_settings(models[0], new, forced=True)
     def hf(sources, first):
-        start = torch.tensor([[settings.decoder_start_token_id, token] for token in first], device=at.device)
-        with torch.inference_mode(): out = models[0].generate(sources, decoder_input_ids=start, generation_config=settings)
+        more = {}  # a prompt ends with a token of its own
+        if not causal: more["decoder_input_ids"] = torch.tensor([[settings.decoder_start_token_id, token] for token in first], device=at.device)
+        with torch.inference_mode(): out = models[0].generate(sources, generation_config=settings, **more)
         return out.tolist(), dict()
     policies = {"large": Policy.large(), "BiLD": Policy.bild(.5, 2), "BiLD, at most 4": Policy.bild(.5, 2, max_draft=4), "lossless": Policy.lossless(.5)}
     systems = {f"{name}, graphs": partial(in_batch, pair, policy, new) for name, policy in policies.items()} | {"transformers large": hf}
     for batch in at.pick((1, 32, 8), (1, 3)):  # eight rows compile more kernels than 32 do
         sources = torch.cat(bench_sources(None, batch, length, at.device))
-        first = list(range(3, 3 + 9*batch, 9))  # the planted text is a circle: each row begins elsewhere
+        first = [None if causal else token for token in range(3, 3 + 9*batch, 9)]  # the planted text is a circle: each row begins elsewhere
         runs, ms = {name: partial(f, sources, first) for name, f in systems.items()}, {name: [] for name in systems}
         with quiet():
-            opening = each(lambda: [m.open(source[None]) for m in pair for source in sources], 1, at.pick(3, 1))/1e3
+            opening = None if causal else each(lambda: [m.open(source[None]) for m in pair for source in sources], 1, at.pick(3, 1))/1e3
             for f in runs.values(): f()  # records graphs
             for turn in range(at.pick(3, 1)):
                 for name, f in runs.items():
@@ -601,17 +607,18 @@ def rows(at):
             row |= dict(ms=took, repeats=ms[row["system"]], ms_a_token=took/new, tokens_s=batch*new/took*1e3, sources_ms=opening)
             if at.cuda: row |= dict(memory_gb=torch.cuda.max_memory_reserved()/1e9, captures=[m.captures for m in pair])
             print(f"batch {batch:2}, {row['system']:24} {took:9.2f} ms, {row['ms_a_token']:7.3f} ms a step of text, {row['tokens_s']:9.0f} tokens/s, same text {row['same']:.0%}")
-        at.write("rows", dict(large=names[0], small=names[1], systems=found))
+        at.write(folder, dict(large=names[0], small=names[1], systems=found))
     wrong = [row for row in found if row["same"] < .9 and row["system"].startswith("lossless")]
     if wrong: raise AssertionError(f"batch {wrong[0]['batch']}: lossless writes another text than the large model alone")
 
 def in_batch(pair, policy, new, sources, first):
-    "Our texts of a batch, each behind a first token of its own; their passes, and rows that rode along"
+    "Our texts of a batch, each behind a first token of its own, if it has one; their passes, and rows that rode along"
     from collections import deque
     from bild_nb.decode import BigLittleDecoder
     decoder = BigLittleDecoder(*pair, policy)
     batch = decoder._batch(sources, None, (new, None), False, None, 0, {})
     for run, token in zip(batch.runs, first):
+        if token is None: continue
         run.tokens.append(token)
         run.limit += 1
     with decoder._running(batch): deque(decoder._write(batch), 0)
@@ -681,7 +688,25 @@ def shipped_scores(table, rows, known, bleu):
 # ---------------------------------------------------------------- 7. a second pair, and where the time goes
 
 @step(120)
-def mt5_large(at): beside_peers(at, "mt5")
+def mt5_large(at): beside_peers(at, "mt5", "mt5-large")
+
+@step(150)
+def llama(at):
+    "Llama 8B with 1B: batches, one text beside those of peers, batches of long prompts"
+    in_batches(at, "llama", "llama-rows", at.pick(32, 8))
+    clean(at)
+    beside_peers(at, "llama", "llama")
+    in_batches(at, "llama", "llama-rows-800", at.pick(800, 20))
+
+@step(150)
+def rows_800(at):
+    "As rows, with sources of 800 tokens"
+    in_batches(at, "t5", "rows-800", at.pick(800, 20))
+
+@step(150)
+def mt5_rows(at):
+    "As rows, of mT5-large with mT5-small"
+    in_batches(at, "mt5", "mt5-rows", at.pick(32, 8))
 
 @step(40)
 def profile(at):
@@ -764,6 +789,109 @@ def tiles(at):
                     took = us(lambda w: project(x, w, y, scale if norm else None, add=not norm, **block))
                     rows.append(dict(model=which, product=product, rows=M, us=round(took, 2), library_us=round(library, 2), **block))
             at.write("tiles", dict(products=rows))
+
+
+# ---------------------------------------------------------------- 9. attention by ourselves and by a library
+
+class Attends:
+    "Attention in the layers of a pass over `k` tokens: to `n` before them and themselves (`itself`), or to a source of `n`"
+    def __init__(self, at, over, n, k):
+        import torch
+        layers, heads, d = at.pick((24, 16, 64), (2, 2, 16))  # of T5-large, whose keys and values no cache holds
+        g, dtype = torch.Generator(at.device).manual_seed(n + k), torch.bfloat16 if at.cuda else torch.float32
+        def normal(*shape): return torch.randn(shape, generator=g, device=at.device).to(dtype)
+        self.over, self.n, self.k, self.size = over, n, k, max(256, 1 << (n + k - 1).bit_length())  # as the engine's buffers
+        self.kv = [normal(2, 1, heads, self.size, d) for _ in range(layers)]
+        self.qkv, self.line = normal(k, 3*heads*d), normal(heads, 2*self.size - 1)
+        self.qkv[:, :heads*d] *= d**-.5
+        self.line[:, self.size:] = -torch.inf  # what comes later
+        self.asked = self.qkv[:, :heads*d].contiguous()
+        self.q, *new = self.qkv.view(k, 3, 1, heads, d).permute(1, 2, 3, 0, 4)
+        self.new, self.out = torch.stack(new), torch.empty(k, heads*d, device=at.device, dtype=dtype)
+        self.at, self.slots, self.tokens = (torch.arange(start, stop, device=at.device) for start, stop in ((n, n + 1), (0, self.size), (0, k)))
+        self.mask = torch.zeros(1, self.size, device=at.device, dtype=dtype).masked_fill_(self.slots >= n, -torch.inf)
+
+    def bias(self):
+        "What is added to the scores, once for all layers"
+        if self.over == "source": return self.mask[:, None, None]
+        return self.line[:, self.slots - (self.at + self.tokens)[:, None] + self.size - 1][None]
+    def held(self, kv):
+        "Keys and values, with those of the new tokens"
+        return kv.index_copy_(3, self.at + self.tokens, self.new) if self.over == "itself" else kv
+    def kernels(self, kv, bias):
+        from bild_nb import kernels
+        if self.over == "itself": kernels.attend(self.qkv, kv, self.line, self.at, self.out)
+        else: kernels.look(self.asked, kv, self.mask, self.at, self.out)
+        return self.out
+    def operations(self, kv, bias):
+        keys, values = self.held(kv)
+        return self.flat((self.q @ keys.transpose(-1, -2) + bias).softmax(-1) @ values)
+    def sdpa(self, kv, bias):
+        from torch.nn.functional import scaled_dot_product_attention
+        return self.flat(scaled_dot_product_attention(self.q, *self.held(kv), attn_mask=bias, scale=1.))
+    def sdpa_cut(self, kv, bias):
+        from torch.nn.functional import scaled_dot_product_attention
+        return self.flat(scaled_dot_product_attention(self.q, *kv[..., :self.n, :], scale=1.))
+    def flex(self, kv, bias):
+        line, mask, first, middle = self.line, self.mask[0], self.at[0], self.size - 1
+        def mod(score, row, head, i, j): return score + (mask[j] if self.over == "source" else line[head, j - i - first + middle])
+        return self.flat(self.attention(self.q, *self.held(kv), score_mod=mod, scale=1.))
+    def flat(self, y): return y[0].transpose(0, 1).reshape(self.k, -1)
+
+    def systems(self, at):
+        "What is timed, by name"
+        from bild_nb import kernels
+        from torch.nn.attention.flex_attention import flex_attention
+        import torch
+        self.attention = torch.compile(flex_attention, dynamic=False) if at.cuda else flex_attention
+        found = {"PyTorch's operations": self.operations, "SDPA": self.sdpa, "FlexAttention": self.flex}
+        if self.over == "source": found["SDPA, source cut to its length"] = self.sdpa_cut  # needs a graph for each length
+        return {"our kernel": self.kernels} | found if at.cuda and kernels.triton else found
+
+    def error(self, f):
+        "Relative, beside float64"
+        kv, bias = self.kv[0].clone(), self.bias()
+        ours = f(kv, bias).double()
+        keys, values = self.held(self.kv[0].clone()).double()
+        want = self.flat((self.q.double() @ keys.transpose(-1, -2) + bias.double()).softmax(-1) @ values)
+        return ((ours - want).norm()/want.norm()).item()
+
+    def us(self, f, at):
+        "Time of a layer, in a graph of all"
+        def whole():
+            bias = self.bias() if f in (self.operations, self.sdpa) else None
+            for kv in self.kv: f(kv, bias)
+        return each(graph(whole, at.cuda), at.pick(6, 1), at.pick(5, 1))/len(self.kv)
+
+@step(30)
+def attention(at):
+    "µs of a layer's attention at T5-large's heads: our kernel, PyTorch's operations, SDPA, FlexAttention"
+    import torch
+    found, notes = [], []
+    cases = [(over, n, k) for n in at.pick((800, 32), (20, 8)) for over in ("itself", "source") for k in (8, 1, 2, 4, 11)]
+    def measure(case, only):
+        made = Attends(at, *case)
+        for name, f in made.systems(at).items():
+            if (name == "FlexAttention") != only: continue
+            try:
+                with limit(left() - 1 if only else min(10, left() - 1), name), torch.no_grad():
+                    row = dict(zip(("over", "tokens", "k"), case), system=name, error=made.error(f), us=made.us(f, at))
+            except Exception as e: notes.append(f"{name} {case}: {type(e).__name__}: {str(e)[:200]}")
+            else: found.append(row)
+        at.write("attention", dict(rows=found, notes=notes))
+    for case in cases: measure(case, False)
+    some = [case for case in cases if case[2] in (1, 8)]
+    for i, case in enumerate(some):  # each is compiled, which takes seconds
+        if left() < at.pick(6, 1):
+            notes.append(f"FlexAttention, left out for time: {some[i:]}")
+            break
+        measure(case, True)
+    at.write("attention", dict(rows=found, notes=notes))
+    for row in found: print(f"{row['over']:7} {row['tokens']:4} tokens, k = {row['k']:2}, {row['system']:31} {row['us']:9.2f} us, error {row['error']:.1g}")
+    print("; ".join(notes))
+    wrong = [row for row in found if not row["error"] < at.pick(.03, 1e-4)]
+    if wrong: raise AssertionError(f"{wrong[0]['system']} is wrong: {wrong[0]}")
+    if not {row["system"] for row in found} >= {"SDPA"} | ({"our kernel"} if at.cuda else {"FlexAttention"}): raise AssertionError(f"missing: {notes[:1]}")
 
 
 def clean(at):

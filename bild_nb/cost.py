@@ -31,21 +31,25 @@ class Opened:
         source = model.source  # whose encoder it reads: that takes none of its time
         self.encoded = source.encoded(input_ids) if source is not None else None
         self.settings = model.settings()
-        start = self.settings.start[0]
-        self.tokens = torch.full((1, context + most), start, device='cpu')
+        self.prompt = input_ids[0].tolist() if self.settings.causal else []
+        again = (self.prompt or self.settings.start)[-1]
+        self.tokens = torch.full((1, context + most), again, device='cpu')
         self.reopen()
         self.read_context()
 
     def reopen(self):
-        "Read the source, into a new cache"
+        "Read the source, or the prompt, into a new cache"
         use_threads(self.model)
-        room = self.tokens.shape[1]
+        room = len(self.prompt) + self.tokens.shape[1]
         self.cache = self.model.open(self.ids, encoded=self.encoded,
                                      settings=self.settings, room=room)
+        prompt = torch.tensor([self.prompt], device='cpu')
+        if self.prompt: self.model.forward(self.cache, prompt, [0], 1)
 
     def read_context(self):
         "Read what comes before the passes"
-        self.model.forward(self.cache, self.tokens[:, :self.context], [0], 1)
+        context = self.tokens[:, :self.context]
+        self.model.forward(self.cache, context, [len(self.prompt)], 1)
 
     def forward(self,
                 k: int,       # tokens, the last k - 1 of them as a draft
@@ -53,8 +57,8 @@ class Opened:
                ):
         "A pass over `k` tokens, `skip` tokens after the context"
         use_threads(self.model)
-        draft = self.tokens[:, :k - 1]
-        self.model.verify(self.cache, self.tokens[:, :k], [self.context + skip], draft)
+        draft, at = self.tokens[:, :k - 1], len(self.prompt) + self.context + skip
+        self.model.verify(self.cache, self.tokens[:, :k], [at], draft)
 
 # %% ../nbs/13_cost.ipynb #3fc4b0a0
 def synchronize(device: torch.device # on a CPU there is nothing to wait for
