@@ -42,6 +42,7 @@ class Opened:
         room = self.tokens.shape[1]
         self.cache = self.model.open(self.ids, encoded=self.encoded,
                                      settings=self.settings, room=room)
+        if hasattr(self.model, 'read_sources'): self.model.read_sources([self.cache])
 
     def read_context(self):
         "Read what comes before the passes"
