@@ -228,7 +228,7 @@ def other_weights(
     if device.type not in ('cpu', 'cuda'): return f'it is on {device}'
 
 def _types(model, half: bool) -> set:
-    "The names of the weights' types; with `half`, a `wo` in fp32 is as good as in fp16"
+    "Names of the weights' types; with `half`, a `wo` in fp32 is as good as in fp16"
     found = {name: str(m.weight.dtype)[6:] for name, m in model.named_modules()
              if hasattr(m, 'weight')}
     wide = {n for n, kind in found.items() if n.endswith('.wo') and kind == 'float32'}
@@ -404,7 +404,7 @@ def norm(weight: Tensor, # (d_model)
          eps: float      # added to the mean square
         ):               # a function from (m, d_model) to the same
     "T5's layer norm with `weight` as a function"
-    if weight.dtype == torch.float16:  # `x` may be in fp32; rounded as transformers does
+    if weight.dtype == torch.float16:  # rounded as in transformers; `x` may be fp32
         return lambda x: weight*F.rms_norm(x.float(), weight.shape, None, eps).half()
     if weight.device.type != 'cpu':
         return lambda x: F.rms_norm(x, weight.shape, weight, eps)

@@ -153,6 +153,7 @@ def _make(self: GraphEngine, size: int, source: int, rows: int = 1) -> Buffers:
     b.inbox[rows:2*rows] = b.one[:] = 1
     return b
 
+# %% ../nbs/12_graphs.ipynb #06989240
 @patch
 def _line(self: GraphEngine, size: int) -> Tensor:
     "What positions mean up to `size` tokens"
@@ -366,6 +367,7 @@ def _written(self: GraphEngine, b: Buffers, ids: Tensor, x: Tensor, places: Tens
     logits.copy_(self.head(self.norm(x))).add_(b.never)
     self._choose(b, logits, ids, places, many)
 
+# %% ../nbs/12_graphs.ipynb #7e17d458
 @patch
 def _split(self: GraphEngine, x: Tensor, rows: int, k: int) -> Tensor:
     "(rows*k, parts*heads*d) as (parts, rows, heads, k, d)"
@@ -557,10 +559,9 @@ def read_sources(self: GraphEngine,
 @patch
 def _encode_all(self: GraphEngine, sources: list) -> list: # (n, d_model) each
     "What the encoder makes of `Unread` sources, those of one filled length together"
-    found, by_size = [None]*len(sources), {}
-    for i, s in enumerate(sources): by_size.setdefault(_double(len(s.ids), 16), []).append(i)
-    for size, of in by_size.items():
-        most = max(1, MANY//size)
+    found, sizes = [None]*len(sources), [_double(len(s.ids), 16) for s in sources]
+    for size in set(sizes):
+        of, most = [i for i, n in enumerate(sizes) if n == size], max(1, MANY//size)
         for part in (of[i:i + most] for i in range(0, len(of), most)):
             made = self._encode_some([sources[i] for i in part])
             for i, x in zip(part, made): found[i] = x

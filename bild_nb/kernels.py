@@ -100,6 +100,7 @@ def _squares(x, k, M, K: tl.constexpr, BM: tl.constexpr):
         total += tl.sum(tl.sum(rows*rows, 1), 0)
     return total
 
+# %% ../nbs/11b_kernels.ipynb #fb3bb696
 @jit
 def _product_some(x, w, g, n, M, N, K: tl.constexpr, eps, BM: tl.constexpr,
                   BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr,
@@ -207,7 +208,8 @@ def project(
     grid = triton.cdiv(N, sizes['BN']),
     _project[grid](x, w, scale if scale is not None else w, out, M, N, K, eps,
                    NORM=scale is not None, ADD=add, CLAMP=clamp, GATED=gated,
-                   ACTIVATION=activation, PRECISION=_precision(w), **sizes, **_early(x.device))
+                   ACTIVATION=activation, PRECISION=_precision(w), **sizes,
+                   **_early(x.device))
 
 # %% ../nbs/11b_kernels.ipynb #780616da
 @jit
