@@ -233,6 +233,13 @@ def _together(top, total, out):
             tl.sum(out*fade[:, :, None], 0)[None])
 
 @jit
+def _nothing(G: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr):
+    "What `_seen` begins with: the largest score, the sum, the weighted values"
+    top = tl.full((G, BQ), -float('inf'), tl.float32)
+    return top, tl.zeros((G, BQ), tl.float32), tl.zeros((G, BQ, BD), tl.float32)
+
+# %% ../nbs/11b_kernels.ipynb #df347a37
+@jit
 def _rows(start, i, step, n, D, BD: tl.constexpr):
     "Rows `i` (G, n) of `D` numbers, `step` apart: (G, n, BD); zeros from row `n` on"
     d = tl.arange(0, BD)[None, None, :]
@@ -245,6 +252,20 @@ def _biases(line, queries, keys, n):
     far = keys[:, None, :] - queries[:, :, None]
     return tl.load(line + far, mask=(keys < n)[:, None, :],
                    other=-float('inf')).to(tl.float32)
+
+@jit
+def _before(keys, values, line, i, j, first, D, BD: tl.constexpr):
+    "Keys and values `j` (G, n) of the `first` in a cache, their biases for tokens `i`"
+    return (_rows(keys, j, D, first, D, BD), _rows(values, j, D, first, D, BD),
+            _biases(line, first + i, j, first))
+
+@jit
+def _give(y, total, out, i, row, k, head, heads, D, BD: tl.constexpr):
+    "Store what tokens `i` (1, BQ) of a row have seen by a head"
+    d = tl.arange(0, BD)[None, None, :]
+    i = i[:, :, None]
+    tl.store(out + (row*k + i)*heads*D + head*D + d,
+             (y/total[:, :, None]).to(out.dtype.element_ty), mask=(i < k) & (d < D))
 
 # %% ../nbs/11b_kernels.ipynb #527db0db
 @jit
@@ -260,36 +281,27 @@ def _attend(qkv, cache, line, at, out, k, D, SIZE, MIDDLE, WIDTH, G: tl.constexp
     i = tl.arange(0, BQ)[None, :]
     j = tl.arange(0, G)[:, None]*BN + tl.arange(0, BN)[None, :]
     line += head*WIDTH + MIDDLE  # of distance 0
-    key = _rows(keys, j, D, first, D, BD)
-    value = _rows(values, j, D, first, D, BD)
-    bias = _biases(line, first + i, j, first)
+    key, value, bias = _before(keys, values, line, i, j, first, D, BD)
     _wait(EARLY)
     step = 3*heads*D
     mine = qkv + row*k*step + head*D
     q = _rows(mine, i, step, k, D, BD)
     q_all = tl.broadcast_to(q, (G, BQ, BD))
-    top = tl.full((G, BQ), -float('inf'), tl.float32)
-    total = tl.zeros((G, BQ), tl.float32)
-    y = tl.zeros((G, BQ, BD), tl.float32)
+    top, total, y = _nothing(G, BQ, BD)
     for start in range(0, first, G*BN):
         top, total, y = _seen(q_all, key, value, bias, top, total, y, PRECISION)
         more = start + G*BN + j
-        key = _rows(keys, more, D, first, D, BD)
-        value = _rows(values, more, D, first, D, BD)
-        bias = _biases(line, first + i, more, first)
+        key, value, bias = _before(keys, values, line, i, more, first, D, BD)
     top, total, y = _together(top, total, y)
     key = _rows(mine + heads*D, i, step, k, D, BD)
     value = _rows(mine + 2*heads*D, i, step, k, D, BD)
     seen = (i[:, None, :] <= i[:, :, None])
     bias = tl.where(seen, _biases(line, i, i, BQ), -float('inf'))
     top, total, y = _seen(q, key, value, bias, top, total, y, PRECISION)
-    d = tl.arange(0, BD)[None, None, :]
-    i = i[:, :, None]
-    mask = (i < k) & (d < D)
-    tl.store(keys + (first + i)*D + d, key, mask=mask)
-    tl.store(values + (first + i)*D + d, value, mask=mask)
-    tl.store(out + (row*k + i)*heads*D + head*D + d,
-             (y/total[:, :, None]).to(out.dtype.element_ty), mask=mask)
+    _give(y, total, out, i, row, k, head, heads, D, BD)
+    d, i = tl.arange(0, BD)[None, None, :], i[:, :, None]
+    tl.store(keys + (first + i)*D + d, key, mask=(i < k) & (d < D))
+    tl.store(values + (first + i)*D + d, value, mask=(i < k) & (d < D))
 
 # %% ../nbs/11b_kernels.ipynb #d129471d
 @jit
@@ -311,9 +323,7 @@ def _look(q, source, mask, length, out, k, D, SIZE, G: tl.constexpr, BQ: tl.cons
     _wait(EARLY)
     queries = _rows(q + row*k*heads*D + head*D, i, heads*D, k, D, BD)
     queries = tl.broadcast_to(queries, (G, BQ, BD))
-    top = tl.full((G, BQ), -float('inf'), tl.float32)
-    total = tl.zeros((G, BQ), tl.float32)
-    y = tl.zeros((G, BQ, BD), tl.float32)
+    top, total, y = _nothing(G, BQ, BD)
     for start in range(0, n, G*BN):
         top, total, y = _seen(queries, key, value, bias.to(tl.float32)[:, None, :],
                               top, total, y, PRECISION)
@@ -322,10 +332,7 @@ def _look(q, source, mask, length, out, k, D, SIZE, G: tl.constexpr, BQ: tl.cons
         value = _rows(values, more, D, n, D, BD)
         bias = tl.load(mask + more, mask=more < n, other=-float('inf'))
     top, total, y = _together(top, total, y)
-    d = tl.arange(0, BD)[None, None, :]
-    i = i[:, :, None]
-    tl.store(out + (row*k + i)*heads*D + head*D + d,
-             (y/total[:, :, None]).to(out.dtype.element_ty), mask=(i < k) & (d < D))
+    _give(y, total, out, i, row, k, head, heads, D, BD)
 
 # %% ../nbs/11b_kernels.ipynb #91ae7cf8
 LONGEST = 16 # tokens a row in one pass
