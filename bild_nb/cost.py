@@ -43,6 +43,7 @@ class Opened:
         room = len(self.prompt) + self.tokens.shape[1]
         self.cache = self.model.open(self.ids, encoded=self.encoded,
                                      settings=self.settings, room=room)
+        if hasattr(self.model, 'read_sources'): self.model.read_sources([self.cache])
         prompt = torch.tensor([self.prompt], device='cpu')
         if self.prompt: self.model.forward(self.cache, prompt, [0], 1)
 

@@ -191,9 +191,9 @@ def other_code(model           # of transformers
             return f'{where} was replaced'
 
 # %% ../nbs/10_engine.ipynb #55bd3280
-def _other_weights(model) -> str | None:
+def _other_weights(model, half: bool = False) -> str | None:
     "A bias, or weights of another kind"
-    return other_biases(model) or other_weights(model)
+    return other_biases(model) or other_weights(model, half)
 
 def other_biases(
     model,            # of transformers
@@ -205,8 +205,9 @@ def other_biases(
             return f'its module {name} has a bias'
 
 def other_weights(
-    model        # of transformers
-) -> str | None: # a part of a sentence, "it is …"; None: all are usable
+    model,             # of transformers
+    half: bool = False # whether fp16 will do, with `wo` in fp32 as T5 is loaded
+) -> str | None:       # a part of a sentence, "it is …"; None: all are usable
     "Weights that are no plain tensors in fp32 or bf16, or that nothing multiplies"
     for name, m in model.named_modules():
         if getattr(m, 'max_norm', None): return f'its embedding {name} has a max_norm'
@@ -217,14 +218,22 @@ def other_weights(
         if weight.layout != torch.strided:
             return f'the weight of {name} is {str(weight.layout)[6:]}'
     weights = [m.weight for m in model.modules() if hasattr(m, 'weight')]
-    devices = {str(w.device) for w in weights}
-    dtypes = {str(w.dtype)[6:] for w in weights}
+    devices, dtypes = {str(w.device) for w in weights}, _types(model, half)
     if len(devices) > 1:
         return f'it is on several devices ({", ".join(sorted(devices))})'
     if len(dtypes) > 1: return f'it is in several types ({", ".join(sorted(dtypes))})'
-    if not dtypes <= {'float32', 'bfloat16'}: return f'it is in {dtypes.pop()}'
+    legal = ('float32', 'bfloat16', 'float16')[:2 + half]
+    if dtypes.isdisjoint(legal): return f'it is in {dtypes.pop()}'
     device = weights[0].device
     if device.type not in ('cpu', 'cuda'): return f'it is on {device}'
+
+def _types(model, half: bool) -> set:
+    "Names of the weights' types; with `half`, a `wo` in fp32 is as good as in fp16"
+    found = {name: str(m.weight.dtype)[6:] for name, m in model.named_modules()
+             if hasattr(m, 'weight')}
+    wide = {n for n, kind in found.items() if n.endswith('.wo') and kind == 'float32'}
+    rest = {found[name] for name in found.keys() - wide}
+    return rest if half and rest == {'float16'} else {*found.values()}
 
 # %% ../nbs/10_engine.ipynb #589d507e
 SHAPES = {'q k v': 'inner d_model', 'o': 'd_model inner',
@@ -269,10 +278,12 @@ def _other_numbers(model) -> str | None:
             return f'{name} has {1 + hasattr(m, "wi_1")} wi, its config says otherwise'
 
 # %% ../nbs/10_engine.ipynb #d186f973
-def unsupported(model # a transformers model
+def unsupported(model,             # a transformers model
+                half: bool = False # whether fp16 will do
                ) -> str | None: # a part of a sentence, "it …"
     "Why no fast backend can hold `model`, or None"
-    looks = _other_modules, other_code, _other_weights, _other_shapes, _other_numbers
+    weights = partial(_other_weights, half=half)
+    looks = _other_modules, other_code, weights, _other_shapes, _other_numbers
     for look in looks:
         if why := look(model): return why
     try:
@@ -393,6 +404,8 @@ def norm(weight: Tensor, # (d_model)
          eps: float      # added to the mean square
         ):               # a function from (m, d_model) to the same
     "T5's layer norm with `weight` as a function"
+    if weight.dtype == torch.float16:  # rounded as in transformers; `x` may be fp32
+        return lambda x: weight*F.rms_norm(x.float(), weight.shape, None, eps).half()
     if weight.device.type != 'cpu':
         return lambda x: F.rms_norm(x, weight.shape, weight, eps)
     d, twice = len(weight), weight.repeat(2)
@@ -515,7 +528,7 @@ def feed(self: Layer,
     return x + self.wo(self.activation(h))
 
 # %% ../nbs/10_engine.ipynb #6ec0096c
-NAMES = {torch.float32: 'fp32', torch.bfloat16: 'bf16'}
+NAMES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 
 class Engine(Model):
     "A T5 or mT5 on static caches and packed weights: a snapshot of `model`"
@@ -660,15 +673,20 @@ class Source:
 @patch
 def _source(self: Engine, ids, mask, encoded, settings) -> Source:
     "Look at a source, run the encoder, make keys and values for the decoder's layers"
-    ids, bias, never = *self._hidden(ids, mask), None
+    ids, bias = self._hidden(ids, mask)
     encoded = self.borrowed(ids, mask, encoded)
     check_encoded(encoded, ids, self.embedding.shape[1])
     if encoded is None: x = self.encode(ids[0].to(self.device, torch.int64), bias)
     else: x = encoded[0].detach().to(self.device, self.dtype)
-    kv = split(self.cross_kv(x), 2*len(self.decoder), self.heads).contiguous()
+    return self._read_by_layers(x, bias, settings)
+
+@patch
+def _read_by_layers(self: Engine, x: Tensor, bias, settings) -> Source:
+    "A source of which the encoder made `x`"
+    kv, never = split(self.cross_kv(x), 2*len(self.decoder), self.heads), None
     if bad := [i for i in settings.never if 0 <= i < settings.vocab]:
         never = torch.tensor(bad, dtype=torch.int64, device=self.device)
-    return Source(kv, bias, never)
+    return Source(kv.contiguous(), bias, never)
 
 # %% ../nbs/10_engine.ipynb #07b3948c
 @patch

@@ -58,7 +58,7 @@ BACKENDS = dict(
     native=Backend('bild_nb.rows:NativeEngine', 'bild_nb.native:unusable', int8=True),
     engine=Backend('bild_nb.causal_engine:engine_for',
                    'bild_nb.causal_engine:engine_why_not', int8=True),
-    graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.engine:unsupported',
+    graphs=Backend('bild_nb.graphs:GraphEngine', 'bild_nb.graphs:GraphEngine.why_not',
                    auto=('cuda',)),
     plain=Backend('bild_nb.causal:plain_model', auto=None))
 

@@ -75,9 +75,11 @@ def outline(folder: Path,             # of a model, with safetensors
         change(model)
     names = sources(model, files)
     if names is None: return None
-    for module in model.modules():
+    wide = model._keep_in_fp32_modules if dtype == torch.float16 else ()
+    for name, module in model.named_modules():
+        kind = torch.float32 if name.rpartition('.')[2] in wide else dtype
         for key, weight in module.named_parameters(recurse=False):
-            setattr(module, key, placeholder(files, names, weight, dtype))
+            setattr(module, key, placeholder(files, names, weight, kind))
     if (folder/'generation_config.json').exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     config.dtype = dtype
