@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['GPU', 'WAITS', 'BETWEEN', 'CHAT', 'FLAGS', 'random_t5', 'random_causal', 'noisy', 'OnGPU', 'moved', 'PretendGPU',
-           'is_device', 'refuse_waits', 'miniature', 'random_pair', 'random_causal_pair', 'rehearse', 'bild',
-           'open_rehearsal', 'extremes', 'published_runs', 'scored_texts', 'bleu_by_command', 'rouge_by_hand',
-           'run_for_real', 'Tape', 'Result', 'interpret_triton', 'left_out', 'load_ipython_extension', 'diagram']
+           'is_device', 'refuse_waits', 'miniature', 'random_pair', 'random_causal_pair', 'rehearse', 'Tape', 'Result',
+           'interpret_triton', 'left_out', 'load_ipython_extension', 'diagram']
 
 # %% ../nbs/98_testing.ipynb #bc8fc6a4
-import math, os, re, subprocess, sys, tempfile, weakref
+import math, os, re, sys, weakref
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -257,110 +256,6 @@ def rehearse(
     texts = [get(row, path) for row in rows for path in (task.source, task.target)]
     random_pair(folder, texts*3, 'mt5' in task.tokenizer)
     return {k: str(folder/k) for k in ('data', 'large', 'small')}
-
-# %% ../nbs/98_testing.ipynb #9b7b5325
-def bild(*words  # of a command, as in a shell
-        ) -> str: # what it prints
-    "Run a command of `bild`; where it fails, a `RuntimeError` with what it says"
-    from typer.testing import CliRunner
-    from bild_nb import cli
-    got = CliRunner().invoke(cli.app, [str(word) for word in words])
-    if got.exit_code: raise RuntimeError(got.output)
-    return got.stdout
-
-def open_rehearsal(task,         # a `Task`
-                   folder: Path, # gets data and models
-                  ) -> tuple:    # what `rehearse` gives, rows, `Pair`
-    "Write a miniature of a benchmark, and load it"
-    from bild_nb.tasks import load_rows, open_pair
-    made = rehearse(task, folder)
-    pair, _ = open_pair(task, made['large'], made['small'])
-    return made, load_rows(task, made['data']), pair
-
-# %% ../nbs/98_testing.ipynb #0fce39e9
-def extremes(task, # a `Task`
-             rows, # of its rehearsal
-             pair  # a `Pair`
-            ) -> dict: # what is counted
-    "What a rehearsal has of extremes; an `AssertionError` if one is missing"
-    from bild_nb.tasks import cut_reference
-    def tokens(text): return len(pair.tokenizer(text, verbose=False).input_ids)
-    whole, words = rows[1]['reference'], len(pair.tokenizer)
-    cut = cut_reference(pair.tokenizer, whole, task.reference_tokens)
-    source = max(tokens(r['source']) for r in rows)
-    reference, kept = tokens(whole), tokens(cut)
-    more = [m.model.config.vocab_size - words for m in (pair.large, pair.small)]
-    found = {'longest source': source, 'a reference': reference, 'of it scored': kept,
-             'left out': rows.left_out, 'logits beyond the vocabulary': more}
-    assert source > task.max_source and reference > kept == task.reference_tokens, found
-    assert [*rows.left_out] == ['empty source'] and more[0] > more[1] > 0, found
-    return found
-
-# %% ../nbs/98_testing.ipynb #7640eb7e
-def published_runs(task,      # a `Task`
-                   made,      # what `rehearse` gave
-                   out: Path, # gets a folder for each small model
-                   *options   # more words for `bild eval`
-                  ):          # `Runs`
-    "Run the published thresholds on a miniature; an `AssertionError` if one is missing"
-    from bild_nb.report import benchmark_table, load
-    from bild_nb.tasks import pairs
-    folders = [word for name, folder in made.items() for word in (f'--{name}', folder)]
-    kinds = 'aligned', 'unaligned'
-    for kind in kinds:
-        bild('eval', task.name, '--policy', 'published', '--kind', kind, '--limit', 4,
-             '--repeats', 1, *folders, *options, '--out', out/f'{task.name}-{kind}')
-    runs = load(sorted(out.iterdir()))
-    found = [[r['policy'] for r in rows] for rows in runs.rows]
-    assert found == [['large', 'small', *pairs(task, kind)] for kind in kinds], found
-    rows = benchmark_table(runs, task.name).rows[:6]
-    assert 'not run' not in [row[-4] for row in rows], rows
-    latex = bild('report', *sorted(out.iterdir()), '--format', 'latex')
-    assert latex.count(r'\begin{table}') == 3, latex
-    return runs
-
-# %% ../nbs/98_testing.ipynb #3686031b
-def scored_texts(records # of a system
-                ) -> list: # outputs, references
-    "The texts that are scored"
-    keys = 'output', 'reference'
-    return [[r.get(f'{key}_cut', r[key]) for r in records] for key in keys]
-
-def bleu_by_command(records # of a system
-                   ) -> dict: # `bleu`
-    "What sacreBLEU's command says"
-    command = [sys.executable, '-m', 'sacrebleu', 'references', '-i', 'outputs']
-    with tempfile.TemporaryDirectory() as folder:
-        for name, texts in zip(('outputs', 'references'), scored_texts(records)):
-            lines = [text.replace('\n', ' ') + '\n' for text in texts]
-            Path(folder, name).write_text(''.join(lines), encoding='utf-8')
-        said = subprocess.run([*command, '-b', '-w', '6'], cwd=folder, check=True,
-                              capture_output=True, text=True)
-    return dict(bleu=float(said.stdout))
-
-# %% ../nbs/98_testing.ipynb #1121c8ad
-def rouge_by_hand(records # of a system
-                 ) -> dict: # `rougeL`, `rougeLsum`
-    "The means of rouge-score's own, sentences split by `regex`"
-    from rouge_score.rouge_scorer import RougeScorer
-    from bild_nb.metrics import sentence_splitter
-    names, split = ('rougeL', 'rougeLsum'), sentence_splitter('regex')
-    def on_lines(text): return '\n'.join(split(text))
-    scorer = RougeScorer(names, use_stemmer=False)
-    found = [scorer.score(on_lines(reference), on_lines(output))
-             for output, reference in zip(*scored_texts(records))]
-    return {n: 100*sum(f[n].fmeasure for f in found)/len(found) for n in names}
-
-# %% ../nbs/98_testing.ipynb #7cec59f8
-def run_for_real(task # a `Task`
-                ):
-    "On a GPU the published thresholds of each small model, and a sweep; else nothing"
-    if not torch.cuda.is_available(): return
-    for kind in task.small:
-        print(bild('eval', task.name, '--small', kind, '--policy', 'published',
-                   '--out', f'runs/{task.name}-{kind}'))
-    print(bild('sweep', task.name, '--small', 'aligned', '--limit', 500,
-               '--out', f'runs/{task.name}-sweep'))
 
 # %% ../nbs/98_testing.ipynb #86c6beec
 class Tape(TorchDispatchMode):
