@@ -589,7 +589,7 @@ def in_batches(at, kind, folder, length):
         first = [None if causal else token for token in range(3, 3 + 9*batch, 9)]  # the planted text is a circle: each row begins elsewhere
         runs, ms = {name: partial(f, sources, first) for name, f in systems.items()}, {name: [] for name in systems}
         with quiet():
-            opening = None if causal else each(lambda: [m.open(source[None]) for m in pair for source in sources], 1, at.pick(3, 1))/1e3
+            opening = None if causal else each(lambda: [m.read_sources([m.open(source[None]) for source in sources]) for m in pair], 1, at.pick(3, 1))/1e3
             for f in runs.values(): f()  # records graphs
             for turn in range(at.pick(3, 1)):
                 for name, f in runs.items():
