@@ -29,6 +29,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 from fastcore.basics import patch
+from tqdm import tqdm
 from .policy import AcceptRule, DraftRule, Policy, Verdict, as_policy
 from .decoder import Model
 from .decode import BigLittleDecoder, check_pair
@@ -463,7 +464,7 @@ def race(systems: dict,   # name to function of a source
         ) -> list[dict]:  # a row for each source and system
     "Time all systems, interleaved"
     rows = []
-    for i, source in enumerate(sources):
+    for i, source in enumerate(tqdm(sources, 'texts', leave=False, disable=None)):
         runs = {name: partial(system, source) for name, system in systems.items()}
         interleaved(runs, source.device, 1)  # warms up
         found = interleaved(runs, source.device, repeats, first=i)
@@ -758,13 +759,13 @@ def _pass_lines(run: dict) -> list[str]:
 def _system_lines(run: dict) -> list[str]:
     alone = [name for name in run['systems'] if name.startswith('large')]
     base = next(name for name in alone if 'plain' not in name)
-    head = f'{"system":30}{"ms a token":>12}{"x " + base:>15}'
+    head = f'{"system":30}{"ms a token":>12}  {"x " + base:>18}'
     lines = [f'{head}{"spread":>15}{"same text":>11}{"MB":>8}']
     held = run.get('held', {})
     for name, s in run['systems'].items():
         follows = run['forced'] and name.startswith('BiLD')
         same = 'recorded' if follows else f'{s["same"]:.0%}'
-        lines.append(f'{name:30}{s["ms"]/s["tokens"]:12.2f}{s["speed"]:15.2f}'
+        lines.append(f'{name:30}{s["ms"]/s["tokens"]:12.2f}{s["speed"]:20.2f}'
                      f'{s["least"]:8.2f} -{s["most"]:5.2f}{same:>11}'
                      f'{f"{held[name]/1e6:.0f}" if held.get(name) else "-":>8}')
     return lines

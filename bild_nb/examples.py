@@ -429,8 +429,10 @@ def examples(folder: Path # with notebooks, and in its folders
 def fenced(text: str, # of any lines
            kind: str = '' # the language
           ) -> str:
-    "A block of code in Markdown"
-    return f'````{kind}\n{text}\n````'
+    "A block of code in Markdown, between more backticks than it has"
+    longest = max(map(len, re.findall('`+', text)), default=0)
+    fence = '`'*max(4, longest + 1)
+    return f'{fence}{kind}\n{text}\n{fence}'
 
 def example_text(full: str,   # name with its module
                  found: dict  # of `examples`

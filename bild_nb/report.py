@@ -332,7 +332,7 @@ def shares_table(report: Report,  # what the runs hold
     "Fallback and rollback shares: `paper | reproduction | ours`"
     found, rows = ours(report, task), []
     shown = [x for x in lines(task, found) if x[1] not in ('large', 'small')]
-    published = any(source for *_, paper, reproduction in shown
+    published = any('fallback_pct' in source for *_, paper, reproduction in shown
                     for source in (paper, reproduction))
     for kind, policy, *public in shown:
         known = [number(source.get(key), 1) for source in (public if published else ())
