@@ -894,6 +894,22 @@ def attention(at):
     if not {row["system"] for row in found} >= {"SDPA"} | ({"our kernel"} if at.cuda else {"FlexAttention"}): raise AssertionError(f"missing: {notes[:1]}")
 
 
+# ---------------------------------------------------------------- 10. with what time is left
+
+@step(600)
+def train(at):
+    "Ten minutes for a pair of size l on the shipped corpus; with the same --out a second call goes on"
+    try:
+        from bild_nb.corpus import help_de_en
+        rows, valid = (help_de_en(split) for split in ("train", "validation"))
+    except ImportError as e: raise RuntimeError(f"{e}: to train, give datasets and what it needs as --wheels, too") from None
+    from bild_nb.train import train_pair
+    if at.dry: rows, valid = rows.select(range(60)), valid.select(range(20))
+    made = train_pair(rows, at.out/"train"/"pair", valid, size=at.pick("l", "xs"), epochs=at.pick(None, 1), vocab=at.pick(None, 300), max_hours=(left() - at.pick(60, 5))/3600)
+    at.write("train", made)
+    print("finished" if made["finished"] else f"stopped by the clock in the training of the {made['stage']} model")
+
+
 def clean(at):
     "Give memory back"
     import torch
@@ -958,7 +974,8 @@ def pack(args):
     "All that was written, as one file"
     if not args.pack: return
     part = args.pack.with_suffix(".part")
-    with tarfile.open(part, "w:gz") as t: t.add(args.out, arcname="gpu")
+    def small(file): return file if file.size < 50 << 20 else None  # weights of `train` stay in --out
+    with tarfile.open(part, "w:gz") as t: t.add(args.out, arcname="gpu", filter=small)
     part.replace(args.pack)
 
 def watch(args, names):
