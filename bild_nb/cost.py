@@ -15,6 +15,7 @@ from statistics import median
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from fastcore.basics import patch
 from .decoder import Model, evaluating, same_threads, use_threads
 from .decode import BigLittleDecoder, Trace
 
@@ -52,14 +53,16 @@ class Opened:
         context = self.tokens[:, :self.context]
         self.model.forward(self.cache, context, [len(self.prompt)], 1)
 
-    def forward(self,
-                k: int,       # tokens, the last k - 1 of them as a draft
-                skip: int = 0 # of the tokens that it reads over again
-               ):
-        "A pass over `k` tokens, `skip` tokens after the context"
-        use_threads(self.model)
-        draft, at = self.tokens[:, :k - 1], len(self.prompt) + self.context + skip
-        self.model.verify(self.cache, self.tokens[:, :k], [at], draft)
+# %% ../nbs/13_cost.ipynb #436b0f72
+@patch
+def forward(self: Opened,
+            k: int,       # tokens, the last k - 1 of them as a draft
+            skip: int = 0 # of the tokens that it reads over again
+           ):
+    "A pass over `k` tokens, `skip` tokens after the context"
+    use_threads(self.model)
+    draft, at = self.tokens[:, :k - 1], len(self.prompt) + self.context + skip
+    self.model.verify(self.cache, self.tokens[:, :k], [at], draft)
 
 # %% ../nbs/13_cost.ipynb #3fc4b0a0
 def synchronize(device: torch.device # on a CPU there is nothing to wait for

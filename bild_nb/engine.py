@@ -204,6 +204,7 @@ def other_biases(
         if getattr(m, 'bias', None) is not None and not name.endswith(known):
             return f'its module {name} has a bias'
 
+# %% ../nbs/10_engine.ipynb #c767bc90
 def other_weights(
     model,             # of transformers
     half: bool = False # whether fp16 will do, with `wo` in fp32 as T5 is loaded
